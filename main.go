@@ -1,0 +1,280 @@
+// Command session-storage registers users, signs them in and tells other services whose a session is.
+// This file is the life of the process: configuration, wiring, serving, shutting down.
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"expvar"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	_ "net/http/pprof" // on DefaultServeMux, which only serveDebug serves
+	"net/netip"
+	"os"
+	"os/signal"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const (
+	headerTimeout = 5 * time.Second
+	bodyTimeout   = 10 * time.Second
+	answerTimeout = 30 * time.Second // from the end of the headers: body, queue for bcrypt, stores, writing
+	idleTimeout   = 2 * time.Minute
+	drainTimeout  = 10 * time.Second
+	drainGrace    = 250 * time.Millisecond
+	maxHeader     = 16 << 10 // bytes
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr))
+}
+
+// run is the program. It returns the exit status: 0 after a clean end, 1 when the service could not run,
+// 2 when it was started wrongly.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
+	flags := flag.NewFlagSet("session-storage", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	healthcheck := flags.Bool("healthcheck", false, "ask the running service's /healthz; exit 0 when it is well")
+	version := flags.Bool("version", false, "print what the build knows of itself")
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return 0
+	} else if err != nil || flags.NArg() > 0 {
+		fmt.Fprintln(stderr, "session-storage is configured by environment variables and takes no other arguments")
+		return 2
+	}
+	if info, _ := debug.ReadBuildInfo(); *version {
+		fmt.Fprint(stdout, info)
+		return 0
+	}
+	cfg, err := loadConfig(getenv)
+	if err != nil {
+		fmt.Fprintln(stderr, err)
+		return 2
+	}
+	if *healthcheck {
+		err = checkHealth(ctx, cfg.addr)
+	} else {
+		err = serve(ctx, cfg, newGate(tuneRuntime(getenv)), slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel})))
+	}
+	if err != nil {
+		fmt.Fprintln(stderr, "session-storage:", err)
+		return 1
+	}
+	return 0
+}
+
+// config is the environment, checked.
+type config struct {
+	addr, dbPath, debugAddr string
+	redis                   *redisTarget // nil: sessions live in the account database
+	sessionTTL              time.Duration
+	bcryptCost              int
+	cookieSecure            bool
+	trustedProxies          []netip.Prefix
+	logLevel                slog.Level
+}
+
+// loadConfig reads every variable and reports all that are wrong, each by its name, its value and what
+// is allowed.
+func loadConfig(getenv func(string) string) (cfg config, err error) {
+	var errs []error
+	read := func(name, fallback, allowed string, parse func(value string) (ok bool)) {
+		if value := cmp.Or(getenv(name), fallback); !parse(value) {
+			errs = append(errs, fmt.Errorf("%s=%q: want %s", name, redactURL(value), allowed))
+		}
+	}
+	read("ADDR", ":8080", "host:port or :port", func(v string) bool { cfg.addr = v; return validAddr(v) })
+	read("DB_PATH", "users.db", "the path of a file, such as users.db", func(v string) bool { cfg.dbPath = v; return v != ":memory:" && !strings.HasPrefix(v, "file:") })
+	read("REDIS_URL", "", redisURLForms, func(v string) (ok bool) {
+		cfg.redis, ok = parseRedisURL(v)
+		return ok || v == ""
+	})
+	read("SESSION_TTL", "168h", "a duration in whole seconds, 1s or more, such as 168h or 30m", func(v string) bool {
+		cfg.sessionTTL, err = time.ParseDuration(v)
+		return err == nil && cfg.sessionTTL >= time.Second && cfg.sessionTTL%time.Second == 0
+	})
+	read("BCRYPT_COST", "12", "a whole number from 10 to 15", func(v string) bool {
+		cfg.bcryptCost, err = strconv.Atoi(v)
+		return err == nil && cfg.bcryptCost >= 10 && cfg.bcryptCost <= 15
+	})
+	read("COOKIE_SECURE", "true", "true or false", func(v string) bool { cfg.cookieSecure = v == "true"; return v == "true" || v == "false" })
+	read("TRUSTED_PROXIES", "", "comma-separated CIDRs, such as 10.0.0.0/8,192.0.2.7/32", func(v string) bool {
+		for cidr := range strings.FieldsFuncSeq(v, func(c rune) bool { return c == ',' || c == ' ' }) {
+			prefix, err := netip.ParsePrefix(cidr)
+			if err != nil {
+				return false
+			}
+			cfg.trustedProxies = append(cfg.trustedProxies, prefix)
+		}
+		return true
+	})
+	read("DEBUG_ADDR", "", "host:port, such as localhost:6060", func(v string) bool { cfg.debugAddr = v; return v == "" || validAddr(v) })
+	read("LOG_LEVEL", "info", "debug, info, warn or error", func(v string) bool {
+		level := slices.Index([]string{"debug", "info", "warn", "error"}, v)
+		cfg.logLevel = slog.Level(4 * (level - 1))
+		return level >= 0
+	})
+	return cfg, errors.Join(errs...)
+}
+
+func validAddr(addr string) bool {
+	_, port, err1 := net.SplitHostPort(addr)
+	_, err2 := strconv.ParseUint(port, 10, 16)
+	return err1 == nil && err2 == nil
+}
+
+// tuneRuntime sets what the environment leaves unset, and returns how many bcrypts may run at a time: one
+// for each core.
+//
+// The live heap is a few megabytes, so the default GOGC=100 would collect it hundreds of times a second
+// under load. And each bcrypt gets a thread beyond the one per core: it runs for a quarter of a second,
+// and the kernel shares a core between threads fairly, where Go's scheduler, with as many bcrypts as
+// threads, makes a GET /user wait for its slices of 10 ms.
+func tuneRuntime(getenv func(string) string) (bcryptSlots int) {
+	if getenv("GOGC") == "" {
+		debug.SetGCPercent(400)
+	}
+	bcryptSlots = runtime.GOMAXPROCS(0)
+	if getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(2 * bcryptSlots)
+	}
+	return bcryptSlots
+}
+
+// serve opens the stores, serves until ctx ends or serving fails, finishes what is running and closes
+// everything in the reverse order.
+func serve(ctx context.Context, cfg config, gate *gate, log *slog.Logger) error {
+	metrics := new(expvar.Map)
+	db, err := openDatabase(cfg.dbPath)
+	if err != nil {
+		return fmt.Errorf("DB_PATH=%q: %w", cfg.dbPath, err)
+	}
+	defer db.Close()
+	backend := "sqlite " + cfg.dbPath
+	var sessions SessionStore = &sqliteSessions{db} // another backend is wired here
+	if cfg.redis != nil {
+		backend = cfg.redis.String()
+		sessions = newRedisSessions(cfg.redis, metrics)
+	}
+	defer sessions.Close()
+	if err := sessions.Ping(ctx); err != nil {
+		log.Error("session store out of reach, answering 503 until it is back", "err", err)
+	}
+	s := newServer(cfg, db, sessions, gate, metrics, log)
+	if cfg.debugAddr != "" {
+		stopDebug, err := serveDebug(cfg.debugAddr, metrics, log)
+		if err != nil {
+			return fmt.Errorf("DEBUG_ADDR=%q: %w", cfg.debugAddr, err)
+		}
+		defer stopDebug()
+	}
+	listener, err := net.Listen("tcp", cfg.addr)
+	if err != nil {
+		return fmt.Errorf("ADDR=%q: %w", cfg.addr, err)
+	}
+	log.Info("listening", "addr", listener.Addr().String(), "accounts", cfg.dbPath, "sessions", backend, "version", buildVersion())
+	if !cfg.cookieSecure {
+		log.Warn("COOKIE_SECURE=false: session cookies travel over plain HTTP, where anybody on the way can read them")
+	}
+	return serveHTTP(ctx, listener, s, log)
+}
+
+// serveHTTP serves until ctx ends, then drains. The requests' contexts are not ctx's children: draining
+// must finish what runs, not cancel it.
+func serveHTTP(ctx context.Context, listener net.Listener, s *server, log *slog.Logger) error {
+	hs := &http.Server{
+		Handler:                      s,
+		ReadHeaderTimeout:            headerTimeout,
+		ReadTimeout:                  headerTimeout, // of a request without a body; readForm sets its own
+		WriteTimeout:                 answerTimeout,
+		IdleTimeout:                  idleTimeout,
+		MaxHeaderBytes:               maxHeader,
+		DisableGeneralOptionsHandler: true, // or "OPTIONS *" is answered without our headers
+		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	served := make(chan error, 1)
+	go func() { served <- hs.Serve(listener) }()
+	select {
+	case err := <-served:
+		return fmt.Errorf("serving: %w", err)
+	case <-ctx.Done():
+	}
+	log.Info("shutting down")
+	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
+	defer cancel()
+	// Shutdown closes a keep-alive connection that looks idle although its next request may be on the
+	// way. So for a moment only the listener is closed, and each answer says that it is the last.
+	s.draining.Store(true)
+	listener.Close()
+	time.Sleep(drainGrace)
+	if err := hs.Shutdown(ctx); err != nil {
+		hs.Close()
+		log.Warn("requests cut off", "after_s", drainTimeout.Seconds())
+	}
+	log.Info("stopped")
+	return nil
+}
+
+// serveDebug serves expvar and pprof on an address of their own.
+func serveDebug(addr string, metrics *expvar.Map, log *slog.Logger) (stop func() error, err error) {
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	metrics.Set("version", expvar.Func(func() any { return buildVersion() }))
+	metrics.Set("memstats", expvar.Get("memstats"))
+	mux := http.NewServeMux()
+	mux.Handle("/debug/pprof/", http.DefaultServeMux)
+	mux.HandleFunc("GET /debug/vars", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		io.WriteString(w, metrics.String())
+	})
+	hs := &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout}
+	go hs.Serve(listener)
+	log.Info("debug listening", "addr", listener.Addr().String())
+	if ip := listener.Addr().(*net.TCPAddr).IP; !ip.IsLoopback() {
+		log.Warn("DEBUG_ADDR is not a loopback address: whoever reaches it can profile this process")
+	}
+	return hs.Close, nil
+}
+
+// checkHealth asks the service that listens on addr whether it is well. An addr without a host is this one.
+func checkHealth(ctx context.Context, addr string) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/healthz", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := new(http.Transport).RoundTrip(req) // no proxy from the environment in between
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("healthz: %s", resp.Status)
+	}
+	return nil
+}
+
+// buildVersion is the module's version, which holds the commit when the build knew it, and Go's.
+func buildVersion() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	return info.Main.Version + " " + info.GoVersion
+}

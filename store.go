@@ -1,0 +1,211 @@
+// The account database: users, and sessions when there is no Redis, in one SQLite file.
+
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"database/sql"
+	_ "embed"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"runtime"
+	"time"
+
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
+)
+
+// User is an account as its owner sees it, and what a session holds of it. Times are in timeFormat. The
+// JSON is the original program's, its spelling of updateAt included.
+type User struct {
+	ID        string `json:"id" redis:"id"`
+	Name      string `json:"name" redis:"name"`
+	Email     string `json:"email" redis:"email"`
+	CreatedAt string `json:"createdAt" redis:"createdAt"`
+	UpdatedAt string `json:"updateAt" redis:"updatedAt"`
+}
+
+var (
+	errEmailTaken   = errors.New("email is registered already")
+	errUserNotFound = errors.New("no such user")
+)
+
+//go:embed schema.sql
+var schema string
+
+// A write waits for another process at most busyTimeout, and with its turn at the one writer takes at
+// most writeTimeout, which is under the 3 s of the contract.
+const (
+	busyTimeout  = 2000 * time.Millisecond
+	writeTimeout = 2500 * time.Millisecond
+	sweepLimit   = 100 // expired sessions deleted by each creation
+)
+
+// database is the SQLite file: one connection that writes, as SQLite allows no more, and several that
+// read, which in WAL mode never wait for it.
+type database struct {
+	writer, reader *sql.DB
+	sessionByHash  *sql.Stmt
+}
+
+// openDatabase opens the file at path, creates it when it is missing, readable to its owner only, and
+// applies the schema.
+func openDatabase(path string) (*database, error) {
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	file.Close()
+	// The pragmas stand in the name so that every connection of a pool has them. synchronous(FULL): a 201
+	// must outlive a power cut. temp_store(MEMORY): a scratch image has no /tmp.
+	name := "file:" + (&url.URL{Path: filepath.ToSlash(filepath.Clean(path))}).EscapedPath() +
+		fmt.Sprintf("?_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()) +
+		"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=foreign_keys(1)&_pragma=temp_store(MEMORY)"
+	db := &database{}
+	db.writer, _ = sql.Open("sqlite", name+"&_txlock=immediate") // opening only parses the name
+	db.reader, _ = sql.Open("sqlite", name+"&_query_only=1")
+	db.writer.SetMaxOpenConns(1)
+	db.reader.SetMaxOpenConns(runtime.NumCPU() + 1)
+	db.reader.SetMaxIdleConns(runtime.NumCPU() + 1)
+	if _, err = db.writer.Exec(schema); err == nil {
+		db.sessionByHash, err = db.reader.Prepare(`SELECT user_id, name, email, created_at, updated_at
+			FROM sessions WHERE id_hash = ? AND expires_at > ?`)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("applying the schema: %w", err), db.Close())
+	}
+	return db, nil
+}
+
+// Close closes the connections, the writer last: it folds the write-ahead log into the file.
+func (db *database) Close() error { return errors.Join(db.reader.Close(), db.writer.Close()) }
+
+// Ping reads from the users table.
+func (db *database) Ping(ctx context.Context) error {
+	var n int
+	err := db.reader.QueryRowContext(ctx, `SELECT count(*) FROM (SELECT 1 FROM users LIMIT 1)`).Scan(&n)
+	return storeError("reading users", err)
+}
+
+// InsertUser stores a new account; errEmailTaken when its email has one.
+func (db *database) InsertUser(ctx context.Context, user User, passwordHash string) error {
+	err := db.write(ctx, "inserting user", statement{
+		`INSERT INTO users (id, name, email, created_at, updated_at, password_hash) VALUES (?, ?, ?, ?, ?, ?)`,
+		[]any{user.ID, user.Name, user.Email, user.CreatedAt, user.UpdatedAt, passwordHash}})
+	if sqliteCode(err) == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
+		return errEmailTaken
+	}
+	return err
+}
+
+// UserByEmail returns the account with that email and its password hash, or errUserNotFound.
+func (db *database) UserByEmail(ctx context.Context, email string) (user User, passwordHash string, err error) {
+	err = db.reader.QueryRowContext(ctx,
+		`SELECT id, name, email, created_at, updated_at, password_hash FROM users WHERE email = ?`, email).Scan(
+		&user.ID, &user.Name, &user.Email, &user.CreatedAt, &user.UpdatedAt, &passwordHash)
+	if errors.Is(err, sql.ErrNoRows) {
+		return User{}, "", errUserNotFound
+	}
+	return user, passwordHash, storeError("finding user by email", err)
+}
+
+// ReplacePasswordHash stores a password hash anew, unless it is no longer the old one.
+func (db *database) ReplacePasswordHash(ctx context.Context, userID, old, new string) error {
+	return db.write(ctx, "replacing password hash", statement{
+		`UPDATE users SET password_hash = ? WHERE id = ? AND password_hash = ?`, []any{new, userID, old}})
+}
+
+type statement struct {
+	query string
+	args  []any
+}
+
+// write runs statements in one transaction, in bounded time, and not cancelled half way when the client
+// hangs up.
+func (db *database) write(ctx context.Context, doing string, statements ...statement) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
+	defer cancel()
+	tx, err := db.writer.BeginTx(ctx, nil)
+	if err != nil {
+		return storeError(doing, err)
+	}
+	defer tx.Rollback()
+	for _, st := range statements {
+		if _, err := tx.ExecContext(ctx, st.query, st.args...); err != nil {
+			return storeError(doing, err)
+		}
+	}
+	return storeError(doing, tx.Commit())
+}
+
+// sqliteCode returns SQLite's extended result code (https://www.sqlite.org/rescode.html), 0 when err is
+// none of SQLite's.
+func sqliteCode(err error) int {
+	var e *sqlite.Error
+	if errors.As(err, &e) {
+		return e.Code()
+	}
+	return 0
+}
+
+// storeError says what failed. What SQLite refuses for reasons outside this program (locked, full,
+// read-only, corrupt, out of reach) and what took too long is errUnavailable.
+func storeError(doing string, err error) error {
+	if err == nil {
+		return nil
+	}
+	switch sqliteCode(err) & 0xff { // the primary code
+	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
+		sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FULL,
+		sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOTADB:
+		err = unavailable(err)
+	case 0:
+		if errors.Is(err, context.DeadlineExceeded) {
+			err = unavailable(err)
+		}
+	}
+	return fmt.Errorf("%s: %w", doing, err)
+}
+
+// sqliteSessions is the embedded session backend: rows beside the accounts, which outlive a restart.
+type sqliteSessions struct{ *database }
+
+func (s *sqliteSessions) Create(ctx context.Context, id, replaced string, user User, ttl time.Duration) error {
+	now := time.Now()
+	return s.write(ctx, "creating session", statement{
+		`DELETE FROM sessions WHERE id_hash = ? OR id_hash IN
+			(SELECT id_hash FROM sessions WHERE expires_at <= ? LIMIT ?)`,
+		[]any{hashID(replaced), now.UnixMilli(), sweepLimit},
+	}, statement{
+		`INSERT INTO sessions (id_hash, user_id, name, email, created_at, updated_at, expires_at)
+			VALUES (?, ?, ?, ?, ?, ?, ?)`,
+		[]any{hashID(id), user.ID, user.Name, user.Email, user.CreatedAt, user.UpdatedAt, now.Add(ttl).UnixMilli()},
+	})
+}
+
+func (s *sqliteSessions) Get(ctx context.Context, id string) (user User, err error) {
+	// Not ctx: database/sql and the driver would start a goroutine each to watch it, for a read that takes
+	// microseconds.
+	row := s.sessionByHash.QueryRowContext(context.Background(), hashID(id), time.Now().UnixMilli())
+	err = row.Scan(&user.ID, &user.Name, &user.Email, &user.CreatedAt, &user.UpdatedAt)
+	if errors.Is(err, sql.ErrNoRows) {
+		return User{}, errNoSession
+	}
+	return user, storeError("looking a session up", err)
+}
+
+func (s *sqliteSessions) Delete(ctx context.Context, id string) error {
+	return s.write(ctx, "deleting session", statement{`DELETE FROM sessions WHERE id_hash = ?`, []any{hashID(id)}})
+}
+
+// Close leaves the database to whoever opened it.
+func (s *sqliteSessions) Close() error { return nil }
+
+func hashID(id string) []byte {
+	sum := sha256.Sum256([]byte(id))
+	return sum[:]
+}
