@@ -87,10 +87,10 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, handle handler) 
 	header.Set("Cache-Control", "no-store")
 	header.Set("X-Content-Type-Options", "nosniff")
 	header.Set("Content-Type", "application/json")
+	status, body, err := s.call(handle, w, r)
 	if s.draining.Load() {
 		header.Set("Connection", "close")
 	}
-	status, body, err := s.call(handle, w, r)
 	if err != nil {
 		p := s.problemOf(r, err)
 		if p.retryAfter > 0 {
@@ -193,6 +193,7 @@ func (s *server) showUser(w http.ResponseWriter, r *http.Request) (int, any, err
 	if id == "" {
 		return 0, nil, errNoSession
 	}
+	s.metrics.Add("sessionLookups", 1)
 	user, err := s.sessions.Get(r.Context(), id)
 	return http.StatusOK, user, err
 }
@@ -291,7 +292,8 @@ func (s *server) passwordMatches(passwordHash, password string) (bool, error) {
 func dummyHash(cost int) string { return fmt.Sprintf("$2a$%02d$%s", cost, strings.Repeat("u", 53)) }
 
 func (s *server) compare(passwordHash, password string) error {
-	s.metrics.Add("bcryptComparisons", 1)
+	cost, _ := bcrypt.Cost([]byte(passwordHash))
+	s.metrics.Add("bcryptRounds", 1<<cost)
 	return bcrypt.CompareHashAndPassword([]byte(passwordHash), []byte(password))
 }
 
@@ -505,7 +507,7 @@ func (t *throttle) add(email string, client netip.Addr, n int) (wait time.Durati
 	defer t.mu.Unlock()
 	now := time.Now()
 	pair, all := maphash.String(t.seed, client.String()+" "+email), maphash.String(t.seed, email)
-	wait = max(t.emptyAt[pair].Sub(now)-9*time.Minute, t.emptyAt[all].Sub(now)-99*6*time.Second, 0)
+	wait = max(t.emptyAt[pair].Add(-9*time.Minute).Sub(now), t.emptyAt[all].Add(-99*6*time.Second).Sub(now), 0)
 	if wait > 0 && n > 0 || n == 0 {
 		return wait
 	}

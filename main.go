@@ -212,12 +212,12 @@ func serveHTTP(ctx context.Context, listener net.Listener, s *server, log *slog.
 		return fmt.Errorf("serving: %w", err)
 	case <-ctx.Done():
 	}
+	s.draining.Store(true)
 	log.Info("shutting down")
 	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
 	defer cancel()
 	// Shutdown closes a keep-alive connection that looks idle although its next request may be on the
 	// way. So for a moment only the listener is closed, and each answer says that it is the last.
-	s.draining.Store(true)
 	listener.Close()
 	time.Sleep(drainGrace)
 	if err := hs.Shutdown(ctx); err != nil {

@@ -130,6 +130,10 @@ func parseRedisURL(value string) (t *redisTarget, ok bool) {
 	if m == nil {
 		return nil, false
 	}
+	sentinels := m[1] == "redis-sentinel"
+	if sentinels && m[5] == "" {
+		m[5], m[6] = m[6], "" // a name of digits
+	}
 	username, err1 := url.PathUnescape(m[2])
 	password, err2 := url.PathUnescape(m[3])
 	db, err3 := strconv.Atoi(cmp.Or(m[6], "0"))
@@ -138,7 +142,6 @@ func parseRedisURL(value string) (t *redisTarget, ok bool) {
 		host, _, _ := net.SplitHostPort(addr)
 		ok = host != "" && validAddr(addr) && (ok || addr == t.addrs[0])
 	}
-	sentinels := t.scheme == "redis-sentinel"
 	return t, ok && cmp.Or(err1, err2, err3) == nil && sentinels == (t.primary != "") && (sentinels || len(t.addrs) == 1)
 }
 

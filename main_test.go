@@ -1,0 +1,1850 @@
+// What shows that the service keeps its contract: a real server over TCP, real SQLite files, a real Redis.
+// Sections: harness, main.go, handlers.go, session.go, store.go, faults, fuzzing, benchmarks.
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"expvar"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"golang.org/x/crypto/bcrypt"
+)
+
+// ---------------------------------------------------------------------------------------------------
+// Harness: finding Redis, running the service, asking it.
+
+const runMainEnv = "SESSION_STORAGE_TEST_RUNS_MAIN" // set: the test binary is the service
+
+func TestMain(m *testing.M) {
+	if os.Getenv(runMainEnv) != "" {
+		main()
+	}
+	code := m.Run()
+	sharedRedis.stop()
+	if n := redisSkips.Load(); n > 0 {
+		fmt.Printf("\n!!! %d TESTS SKIPPED FOR WANT OF A REDIS: install redis-server, or set REDIS_URL, or start Docker\n\n", n)
+	}
+	os.Exit(code)
+}
+
+// skipRedis skips a test that needs a Redis, or fails it where nothing may be skipped.
+func skipRedis(t testing.TB, why string) {
+	t.Helper()
+	if os.Getenv("CI") != "" {
+		t.Fatal("CI is set and there is no Redis: " + why)
+	}
+	redisSkips.Add(1)
+	t.Skip("NO REDIS: " + why)
+}
+
+var redisSkips atomic.Int64
+
+// sharedRedis is the Redis of all tests that do not break theirs. Their keys are random, so that they do
+// not meet, nor whatever else a Redis named by REDIS_URL holds.
+var sharedRedis shared
+
+type shared struct {
+	once sync.Once
+	url  string
+	why  string // there is none
+	stop func()
+}
+
+func init() { sharedRedis.stop = func() {} }
+
+func redisURL(t testing.TB) string {
+	t.Helper()
+	sharedRedis.once.Do(func() {
+		if sharedRedis.url = os.Getenv("REDIS_URL"); sharedRedis.url != "" {
+			return
+		}
+		if _, err := exec.LookPath("redis-server"); err == nil {
+			dir, err := os.MkdirTemp("", "session-storage-redis")
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := launchRedis(t, dir, freePort(t))
+			sharedRedis.url = r.url()
+			sharedRedis.stop = func() { r.kill(); os.RemoveAll(dir) }
+			return
+		}
+		if exec.Command("docker", "info").Run() == nil {
+			port := freePort(t)
+			out, err := exec.Command("docker", "run", "-d", "--rm", "-p", "127.0.0.1:"+port+":6379", "redis:7-alpine").Output()
+			if err == nil {
+				sharedRedis.url = "redis://127.0.0.1:" + port
+				sharedRedis.stop = func() { exec.Command("docker", "kill", strings.TrimSpace(string(out))).Run() }
+				return
+			}
+		}
+		sharedRedis.why = "install redis-server, or set REDIS_URL, or start Docker"
+	})
+	if sharedRedis.why != "" {
+		skipRedis(t, sharedRedis.why)
+	}
+	return sharedRedis.url
+}
+
+// redisServer is a Redis of a test's own, which it may break.
+type redisServer struct {
+	dir, port string
+	args      []string
+	cmd       *exec.Cmd
+}
+
+// ownRedis starts a redis-server with the given options, and stops it at the test's end.
+func ownRedis(t testing.TB, args ...string) *redisServer {
+	t.Helper()
+	if _, err := exec.LookPath("redis-server"); err != nil {
+		skipRedis(t, "this test breaks its Redis: it needs a redis-server of its own on PATH")
+	}
+	r := launchRedis(t, t.TempDir(), freePort(t), args...)
+	t.Cleanup(r.kill)
+	return r
+}
+
+func launchRedis(t testing.TB, dir, port string, args ...string) *redisServer {
+	r := &redisServer{dir: dir, port: port, args: args}
+	r.launch(t)
+	return r
+}
+
+func (r *redisServer) launch(t testing.TB) {
+	t.Helper()
+	args := append([]string{"--port", r.port, "--bind", "127.0.0.1", "--save", "", "--dir", r.dir}, r.args...)
+	if len(r.args) > 0 && r.args[0] == "--sentinel" {
+		args = []string{r.args[1], "--sentinel"}
+	}
+	r.cmd = exec.Command("redis-server", args...)
+	if err := r.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 10*time.Second, "redis-server listens", func() bool {
+		c, err := net.Dial("tcp", "127.0.0.1:"+r.port)
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	})
+}
+
+func (r *redisServer) url() string { return "redis://127.0.0.1:" + r.port }
+
+func (r *redisServer) kill() {
+	r.cmd.Process.Kill()
+	r.cmd.Wait()
+}
+
+// signal sends STOP or CONT.
+func (r *redisServer) signal(t testing.TB, name string) {
+	t.Helper()
+	if err := exec.Command("kill", "-"+name, strconv.Itoa(r.cmd.Process.Pid)).Run(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// redisDo runs a command on the Redis at url, past the service.
+func redisDo(t testing.TB, url, name string, args ...any) any {
+	t.Helper()
+	c, err := redis.DialURL(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	reply, err := c.Do(name, args...)
+	if err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+	return reply
+}
+
+func freePort(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	return port
+}
+
+// eventually waits for a condition in another process, which no channel tells of.
+func eventually(t testing.TB, limit time.Duration, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(limit)
+	for !condition() {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited %v in vain: %s", limit, what)
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+}
+
+// logBuffer is a service's standard error.
+type logBuffer struct {
+	mu      sync.Mutex
+	changed sync.Cond
+	text    bytes.Buffer
+	ended   bool
+}
+
+func newLogBuffer() *logBuffer {
+	b := &logBuffer{}
+	b.changed.L = &b.mu
+	return b
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.changed.Broadcast()
+	return b.text.Write(p)
+}
+
+func (b *logBuffer) end() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.ended = true
+	b.changed.Broadcast()
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
+}
+
+// find waits for a line with that message, and returns it.
+func (b *logBuffer) find(t testing.TB, msg string) map[string]any {
+	t.Helper()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	late := false
+	defer time.AfterFunc(15*time.Second, func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		late = true
+		b.changed.Broadcast()
+	}).Stop()
+	for {
+		for line := range strings.Lines(b.text.String()) {
+			var fields map[string]any
+			if json.Unmarshal([]byte(line), &fields) == nil && fields["msg"] == msg {
+				return fields
+			}
+		}
+		if b.ended || late {
+			t.Fatalf("the service did not log %q:\n%s", msg, b.text.String())
+		}
+		b.changed.Wait()
+	}
+}
+
+// service is a running instance of the program.
+type service struct {
+	testing.TB
+	url, dbPath string
+	log         *logBuffer
+	client      *http.Client
+	secrets     []string // that were sent, and must not be logged
+	mu          sync.Mutex
+	faulty      bool      // its log may hold errors
+	stop        func()    // as SIGTERM does; waits for the end
+	cmd         *exec.Cmd // when it is a process
+}
+
+// environment is the environment of a test's service: a free port, a file of its own, the cheapest bcrypt,
+// and the given variables.
+func environment(t testing.TB, vars []string) map[string]string {
+	env := map[string]string{"ADDR": "127.0.0.1:0", "DB_PATH": filepath.Join(t.TempDir(), "users.db"), "BCRYPT_COST": "10",
+		"GOMAXPROCS": "as it is", "GOGC": "as it is"}
+	for _, v := range vars {
+		name, value, _ := strings.Cut(v, "=")
+		env[name] = value
+	}
+	return env
+}
+
+// start runs the program within the test, and at its end stops it and looks through its log.
+func start(t testing.TB, vars ...string) *service {
+	t.Helper()
+	env := environment(t, vars)
+	s := &service{TB: t, dbPath: env["DB_PATH"], log: newLogBuffer(), client: newClient()}
+	ctx, cancel := context.WithCancel(context.Background())
+	exited := make(chan int, 1)
+	go func() {
+		exited <- run(ctx, nil, func(name string) string { return env[name] }, io.Discard, s.log)
+		s.log.end()
+	}()
+	s.stop = sync.OnceFunc(func() {
+		cancel()
+		if code := <-exited; code != 0 {
+			t.Errorf("exit status %d, want 0:\n%s", code, s.log)
+		}
+		s.checkLog()
+	})
+	t.Cleanup(s.stop)
+	s.url = "http://" + s.log.find(t, "listening")["addr"].(string)
+	return s
+}
+
+func newClient() *http.Client {
+	return &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 1000}, Timeout: 30 * time.Second,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+}
+
+// startProcess runs the program as a process of its own, so that it can be killed.
+func startProcess(t testing.TB, vars ...string) *service {
+	t.Helper()
+	env := environment(t, vars)
+	delete(env, "GOMAXPROCS")
+	delete(env, "GOGC")
+	s := &service{TB: t, dbPath: env["DB_PATH"], log: newLogBuffer(), client: newClient()}
+	s.cmd = exec.Command(os.Args[0])
+	s.cmd.Env = append(os.Environ(), runMainEnv+"=1")
+	for name, value := range env {
+		s.cmd.Env = append(s.cmd.Env, name+"="+value)
+	}
+	s.cmd.Stderr = s.log
+	if err := s.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	exited := make(chan error, 1)
+	go func() { exited <- s.cmd.Wait(); s.log.end() }()
+	s.stop = sync.OnceFunc(func() {
+		s.cmd.Process.Signal(os.Interrupt)
+		if err := <-exited; err != nil && !s.faulty {
+			t.Errorf("exit: %v\n%s", err, s.log)
+		}
+		s.checkLog()
+	})
+	t.Cleanup(s.stop)
+	s.url = "http://" + s.log.find(t, "listening")["addr"].(string)
+	return s
+}
+
+// kill ends a process as a power cut would.
+func (s *service) kill() {
+	s.faulty = true
+	s.cmd.Process.Kill()
+	s.stop()
+}
+
+// checkLog looks for secrets, for lines that are no JSON, and for errors nobody expected.
+func (s *service) checkLog() {
+	s.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	log := s.log.String()
+	for _, secret := range append(s.secrets, "$2a$", "$2b$", "panic", cookieName) {
+		if strings.Contains(log, secret) {
+			s.Errorf("the log holds %q:\n%s", secret, log)
+		}
+	}
+	for line := range strings.Lines(log) {
+		if !json.Valid([]byte(line)) && strings.HasSuffix(line, "\n") {
+			s.Errorf("a log line is no JSON: %s", line)
+		}
+		if strings.Contains(line, `"level":"ERROR"`) && !s.faulty {
+			s.Errorf("unexpected error in the log: %s", line)
+		}
+	}
+}
+
+// answer is what the service said.
+type reply struct {
+	status int
+	header http.Header
+	body   string
+	cookie *http.Cookie // session-id, nil when it was not set
+}
+
+// send sends a request, checks what every answer has in common, and returns the answer or what broke it.
+func (s *service) send(method, path, body string, header ...string) (*reply, error) {
+	s.Helper()
+	req, err := http.NewRequest(method, s.url+path, strings.NewReader(body))
+	if err != nil {
+		s.Fatal(err)
+	}
+	if body != "" {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	for _, h := range header {
+		name, value, _ := strings.Cut(h, ": ")
+		req.Header.Add(name, value)
+	}
+	resp, err := s.client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return nil, err
+	}
+	a := &reply{status: resp.StatusCode, header: resp.Header, body: string(text)}
+	for _, c := range resp.Cookies() {
+		if c.Name == cookieName {
+			a.cookie = c
+		}
+	}
+	s.check(method+" "+path, a)
+	return a, nil
+}
+
+// ask is send for an answer that must come.
+func (s *service) ask(method, path, body string, header ...string) *reply {
+	s.Helper()
+	a, err := s.send(method, path, body, header...)
+	if err != nil {
+		s.Fatalf("%s %s: %v", method, path, err)
+	}
+	return a
+}
+
+// check is what holds of every answer.
+func (s *service) check(what string, a *reply) {
+	s.Helper()
+	fail := func(format string, args ...any) {
+		s.Helper()
+		s.Errorf("%s: status %d: %s\n%v\n%s", what, a.status, fmt.Sprintf(format, args...), a.header, a.body)
+	}
+	if a.header.Get("Cache-Control") != "no-store" || a.header.Get("X-Content-Type-Options") != "nosniff" {
+		fail("without no-store or nosniff")
+	}
+	contentType := "application/json"
+	if a.status >= 400 {
+		contentType = "application/problem+json"
+	} else if a.status == 204 {
+		contentType = ""
+	}
+	if a.header.Get("Content-Type") != contentType {
+		fail("content type is not %q", contentType)
+	}
+	for _, internal := range []string{"$2a$", "$2b$", "password_hash", "passwordHash", "sqlite", "SQL", "redis", "dial", "goroutine", ".go:", "context", "EOF", "127.0.0.1"} {
+		if strings.Contains(a.body, internal) {
+			fail("tells %q", internal)
+		}
+	}
+	if a.status == 503 && a.header.Get("Retry-After") == "" || a.status == 429 && a.header.Get("Retry-After") == "" {
+		fail("without Retry-After")
+	}
+	if a.status >= 400 && a.body != "" {
+		var p struct {
+			Title, Detail string
+			Status        int
+			Errors        map[string]string
+		}
+		d := json.NewDecoder(strings.NewReader(a.body))
+		d.DisallowUnknownFields()
+		if err := d.Decode(&p); err != nil || p.Title != http.StatusText(a.status) || p.Status != a.status || p.Detail == "" {
+			fail("is no problem of RFC 9457 (%v)", err)
+		}
+	}
+	if a.status >= 400 && a.cookie != nil {
+		fail("sets a cookie")
+	}
+}
+
+const password = "correct horse battery"
+
+var lastEmail atomic.Int64
+
+func newEmail() string { return fmt.Sprintf("user%d@example.com", lastEmail.Add(1)) }
+
+func credentials(email, password string) string {
+	text, _ := json.Marshal(map[string]string{"name": "Ada Lovelace", "email": email, "password": password})
+	return string(text)
+}
+
+func cookie(id string) string { return "Cookie: " + cookieName + "=" + id }
+
+// register makes an account over HTTP and returns its user and session id.
+func (s *service) register(email string, header ...string) (User, string) {
+	s.Helper()
+	a := s.ask("POST", "/user", credentials(email, password), header...)
+	if a.status != http.StatusCreated {
+		s.Fatalf("POST /user: status %d, want 201: %s", a.status, a.body)
+	}
+	var created registration
+	if err := json.Unmarshal([]byte(a.body), &created); err != nil || a.cookie == nil || a.cookie.Value != created.SessionID {
+		s.Fatalf("POST /user: %v, cookie %v, body %s", err, a.cookie, a.body)
+	}
+	s.secret(created.SessionID, password)
+	return created.User, created.SessionID
+}
+
+// signIn signs in over HTTP and returns the session id.
+func (s *service) signIn(email string, header ...string) string {
+	s.Helper()
+	a := s.ask("POST", "/user/signin", credentials(email, password), header...)
+	if a.status != http.StatusOK || a.cookie == nil {
+		s.Fatalf("POST /user/signin: status %d, want 200 and a cookie: %s", a.status, a.body)
+	}
+	s.secret(a.cookie.Value)
+	return a.cookie.Value
+}
+
+func (s *service) secret(secrets ...string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.secrets = append(s.secrets, secrets...)
+}
+
+// want asks for the session's user and checks the status.
+func (s *service) want(status int, id string) *reply {
+	s.Helper()
+	a := s.ask("GET", "/user", "", cookie(id))
+	if a.status != status {
+		s.Errorf("GET /user: status %d, want %d: %s", a.status, status, a.body)
+	}
+	return a
+}
+
+// userJSON is a user as the contract writes one.
+func userJSON(u User) string {
+	return fmt.Sprintf(`{"id":%q,"name":%q,"email":%q,"createdAt":%q,"updateAt":%q}`, u.ID, u.Name, u.Email, u.CreatedAt, u.UpdatedAt)
+}
+
+// addAccount puts an account with a cheap password hash into the database, past the service.
+func (s *service) addAccount(email string, cost int) User {
+	s.Helper()
+	hash, err := bcrypt.GenerateFromPassword([]byte(password), cost)
+	if err != nil {
+		s.Fatal(err)
+	}
+	user := User{newUUID(), "Ada Lovelace", email, "2025-03-30T20:00:00.000Z", "2025-03-30T20:00:00.000Z"}
+	s.exec(`INSERT INTO users (id, name, email, created_at, updated_at, password_hash) VALUES (?, ?, ?, ?, ?, ?)`,
+		user.ID, user.Name, user.Email, user.CreatedAt, user.UpdatedAt, string(hash))
+	return user
+}
+
+// exec runs SQL on the service's database, past the service.
+func (s *service) exec(query string, args ...any) {
+	s.Helper()
+	db := openSQL(s, s.dbPath)
+	defer db.Close()
+	if _, err := db.Exec(query, args...); err != nil {
+		s.Fatal(err)
+	}
+}
+
+// count is one number from the service's database.
+func (s *service) count(query string, args ...any) (n int) {
+	s.Helper()
+	db := openSQL(s, s.dbPath)
+	defer db.Close()
+	if err := db.QueryRow(query, args...).Scan(&n); err != nil {
+		s.Fatal(err)
+	}
+	return n
+}
+
+func openSQL(t testing.TB, path string) *sql.DB {
+	t.Helper()
+	db, err := sql.Open("sqlite", "file:"+path+"?_pragma=busy_timeout(5000)")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return db
+}
+
+// metric is one of the numbers that DEBUG_ADDR serves.
+func (s *service) metric(name string) float64 {
+	s.Helper()
+	resp, err := s.client.Get("http://" + s.log.find(s, "debug listening")["addr"].(string) + "/debug/vars")
+	if err != nil {
+		s.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var vars map[string]any
+	if err := json.NewDecoder(resp.Body).Decode(&vars); err != nil {
+		s.Fatal(err)
+	}
+	n, _ := vars[name].(float64)
+	return n
+}
+
+// each runs a test on the service with either session backend.
+func each(t *testing.T, test func(t *testing.T, backend string)) {
+	t.Run("sqlite", func(t *testing.T) { t.Parallel(); test(t, "REDIS_URL=") })
+	t.Run("redis", func(t *testing.T) { t.Parallel(); test(t, "REDIS_URL="+redisURL(t)) })
+}
+
+// together runs n functions at the same moment.
+func together(n int, f func(i int)) {
+	var wg sync.WaitGroup
+	begin := make(chan struct{})
+	for i := range n {
+		wg.Go(func() { <-begin; f(i) })
+	}
+	close(begin)
+	wg.Wait()
+}
+
+// ---------------------------------------------------------------------------------------------------
+// main.go
+
+func TestWrongConfigurationIsRefused(t *testing.T) {
+	for _, tt := range []struct{ name, value, want string }{
+		{"ADDR", "8080", "host:port"},
+		{"ADDR", ":http-alt", "host:port"},
+		{"ADDR", ":65536", "host:port"},
+		{"DB_PATH", ":memory:", "path of a file"},
+		{"DB_PATH", "file:x?mode=memory", "path of a file"},
+		{"REDIS_URL", "localhost:6379", "redis://"},
+		{"REDIS_URL", "http://localhost:6379", "redis://"},
+		{"REDIS_URL", "redis://localhost", "redis://"},
+		{"REDIS_URL", "redis://localhost:6379/zero", "redis://"},
+		{"REDIS_URL", "redis://localhost:6379/0?db=1", "redis://"},
+		{"REDIS_URL", "redis://a:1,b:2/0", "redis://"},
+		{"REDIS_URL", "redis-sentinel://a:1,b:2", "primary"},
+		{"REDIS_URL", "redis-sentinel://a:1,b/mymaster", "primary"},
+		{"SESSION_TTL", "7d", "duration"},
+		{"SESSION_TTL", "1500ms", "whole seconds"},
+		{"SESSION_TTL", "0s", "1s or more"},
+		{"SESSION_TTL", "-1h", "1s or more"},
+		{"BCRYPT_COST", "9", "10 to 15"},
+		{"BCRYPT_COST", "16", "10 to 15"},
+		{"BCRYPT_COST", "twelve", "10 to 15"},
+		{"COOKIE_SECURE", "yes", "true or false"},
+		{"TRUSTED_PROXIES", "10.0.0.1", "CIDRs"},
+		{"TRUSTED_PROXIES", "10.0.0.0/8,proxy", "CIDRs"},
+		{"DEBUG_ADDR", "6060", "host:port"},
+		{"LOG_LEVEL", "verbose", "debug, info, warn or error"},
+		{"LOG_LEVEL", "INFO", "debug, info, warn or error"},
+	} {
+		var stderr strings.Builder
+		code := run(t.Context(), nil, func(name string) string {
+			return map[string]string{tt.name: tt.value}[name]
+		}, io.Discard, &stderr)
+		for _, want := range []string{tt.name, tt.value[:min(4, len(tt.value))], tt.want} {
+			if code != 2 || !strings.Contains(stderr.String(), want) {
+				t.Errorf("%s=%q: exit status %d, want 2 and %q in: %s", tt.name, tt.value, code, want, &stderr)
+			}
+		}
+	}
+}
+
+func TestAllThatIsWrongIsReportedAtOnceAndNoPassword(t *testing.T) {
+	for _, url := range []string{
+		"redis://user:s3cret@localhost:6379/x", "redis://user:s3c@s3cret@localhost:6379", "redis://:s3cret@localhost",
+		"redis:/user:s3cret@localhost:1", "user:s3cret@host", "redis://host:1/?password=s3cret", "redis://h:1#s3cret",
+		"redis-sentinel://u:s3cret@a:1,b:2/", "rediss://u:s3cret/s3cret@h:1",
+	} {
+		var stderr strings.Builder
+		env := map[string]string{"REDIS_URL": url, "BCRYPT_COST": "1", "LOG_LEVEL": "loud"}
+		code := run(t.Context(), nil, func(name string) string { return env[name] }, io.Discard, &stderr)
+		message := stderr.String()
+		if code != 2 || strings.Contains(message, "s3c") || !strings.Contains(message, "REDIS_URL") ||
+			!strings.Contains(message, "BCRYPT_COST") || !strings.Contains(message, "LOG_LEVEL") {
+			t.Errorf("%s: exit status %d, message: %s", url, code, message)
+		}
+	}
+}
+
+func TestConfigurationDefaults(t *testing.T) {
+	cfg, err := loadConfig(func(string) string { return "" })
+	if err != nil || cfg.addr != ":8080" || cfg.dbPath != "users.db" || cfg.redis != nil || cfg.sessionTTL != 7*24*time.Hour ||
+		cfg.bcryptCost != 12 || !cfg.cookieSecure || cfg.trustedProxies != nil || cfg.debugAddr != "" || cfg.logLevel != slog.LevelInfo {
+		t.Errorf("got %+v, %v", cfg, err)
+	}
+}
+
+func TestFlags(t *testing.T) {
+	for _, tt := range []struct {
+		args           []string
+		code           int
+		stdout, stderr string
+	}{
+		{[]string{"-version"}, 0, runtime.Version(), ""},
+		{[]string{"-help"}, 0, "", "healthcheck"},
+		{[]string{"-port", "1"}, 2, "", "port"},
+		{[]string{"serve"}, 2, "", "environment"},
+	} {
+		var stdout, stderr strings.Builder
+		code := run(t.Context(), tt.args, func(string) string { return "" }, &stdout, &stderr)
+		if code != tt.code || !strings.Contains(stdout.String(), tt.stdout) || !strings.Contains(stderr.String(), tt.stderr) {
+			t.Errorf("%q: exit status %d, want %d; stdout %s; stderr %s", tt.args, code, tt.code, &stdout, &stderr)
+		}
+	}
+}
+
+func TestHealthcheck(t *testing.T) {
+	s := start(t)
+	check := func(addr string) int {
+		return run(t.Context(), []string{"-healthcheck"}, func(name string) string { return map[string]string{"ADDR": addr}[name] }, io.Discard, io.Discard)
+	}
+	addr := strings.TrimPrefix(s.url, "http://")
+	_, port, _ := net.SplitHostPort(addr)
+	for _, addr := range []string{addr, ":" + port, "0.0.0.0:" + port} {
+		if code := check(addr); code != 0 {
+			t.Errorf("of a service that is well, by ADDR=%s: exit status %d, want 0", addr, code)
+		}
+	}
+	if code := check("127.0.0.1:" + freePort(t)); code != 1 {
+		t.Errorf("of no service: exit status %d, want 1", code)
+	}
+}
+
+func TestStartFailsWithStatus1(t *testing.T) {
+	s := start(t)
+	for _, tt := range []struct{ name, value string }{
+		{"ADDR", strings.TrimPrefix(s.url, "http://")},
+		{"DEBUG_ADDR", strings.TrimPrefix(s.url, "http://")},
+		{"DB_PATH", filepath.Join(t.TempDir(), "no", "such", "folder", "users.db")},
+		{"DB_PATH", t.TempDir()},
+	} {
+		var stderr strings.Builder
+		env := environment(t, []string{tt.name + "=" + tt.value})
+		code := run(t.Context(), nil, func(name string) string { return env[name] }, io.Discard, &stderr)
+		if code != 1 || !strings.Contains(stderr.String(), tt.name) {
+			t.Errorf("%s=%s: exit status %d, want 1 and its name in: %s", tt.name, tt.value, code, &stderr)
+		}
+	}
+}
+
+func TestShutdownFinishesWhatRuns(t *testing.T) {
+	s := start(t)
+	c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	body := credentials(newEmail(), password)
+	fmt.Fprintf(c, "POST /user HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n", len(body))
+	answers := bufio.NewReader(c)
+	if line, err := answers.ReadString('\n'); err != nil || !strings.Contains(line, "100") {
+		t.Fatalf("got %q, %v: the handler does not read", line, err)
+	}
+	answers.ReadString('\n')
+	stopped := make(chan struct{})
+	go func() { s.stop(); close(stopped) }()
+	s.log.find(t, "shutting down")
+	io.WriteString(c, body)
+	resp, err := http.ReadResponse(answers, nil)
+	if err != nil || resp.StatusCode != http.StatusCreated || !resp.Close {
+		t.Fatalf("the request that ran: %+v, %v, want 201 and Connection: close", resp, err)
+	}
+	<-stopped
+	if _, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://")); err == nil {
+		t.Error("a stopped service takes connections")
+	}
+	s.log.find(t, "stopped")
+}
+
+func TestDebugAddressIsTheOnlyOneThatServesDebug(t *testing.T) {
+	s := start(t, "DEBUG_ADDR=127.0.0.1:0", "COOKIE_SECURE=false", "REDIS_URL="+redisURL(t))
+	s.secrets = nil
+	_, id := s.register(newEmail())
+	s.want(200, id)
+	s.ask("GET", "/nowhere", "")
+	for name, want := range map[string]float64{"GET /user 200": 1, "POST /user 201": 1, "/ 404": 1, "registered": 1, "bcryptBusy": 0, "sessionBatches": 1, "sessionLookups": 1} {
+		if got := s.metric(name); got < want {
+			t.Errorf("%s is %v, want %v or more", name, got, want)
+		}
+	}
+	for _, path := range []string{"/debug/vars", "/debug/pprof/", "/debug/pprof/cmdline"} {
+		if a := s.ask("GET", path, ""); a.status != http.StatusNotFound {
+			t.Errorf("%s on the public address: status %d, want 404", path, a.status)
+		}
+		resp, err := http.Get("http://" + s.log.find(t, "debug listening")["addr"].(string) + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp.Body.Close(); resp.StatusCode != http.StatusOK {
+			t.Errorf("%s on the debug address: status %d", path, resp.StatusCode)
+		}
+	}
+	s.log.find(t, "COOKIE_SECURE=false: session cookies travel over plain HTTP, where anybody on the way can read them")
+	if strings.Contains(s.log.String(), "not a loopback") {
+		t.Error("warns of a loopback address")
+	}
+	other := start(t, "DEBUG_ADDR=0.0.0.0:0")
+	other.log.find(t, "DEBUG_ADDR is not a loopback address: whoever reaches it can profile this process")
+}
+
+func TestStartSaysWhatIsInUse(t *testing.T) {
+	url := redisURL(t)
+	s := start(t, "REDIS_URL="+strings.Replace(url, "redis://", "redis://:wr0ng@", 1))
+	s.faulty = true // a Redis without a password refuses one
+	line := s.log.find(t, "listening")
+	if line["accounts"] != s.dbPath || line["sessions"] != url+"/0" || line["version"] == "" {
+		t.Errorf("got %v", line)
+	}
+	if strings.Contains(s.log.String(), "wr0ng") {
+		t.Error("logs the password of Redis")
+	}
+	if line := start(t).log.find(t, "listening"); !strings.HasPrefix(line["sessions"].(string), "sqlite ") {
+		t.Errorf("got %v", line)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------
+// handlers.go
+
+func TestTheWholeStory(t *testing.T) {
+	each(t, func(t *testing.T, backend string) {
+		s := start(t, backend)
+		before := time.Now().UTC().Format(timeFormat)
+		a := s.ask("POST", "/user", `{"name":" Ada Lovelace ","email":" Ada@Example.COM ","password":"correct horse","role":["admin"],"n":1e999}`, "Content-Type: application/json; charset=utf-8")
+		s.secret("correct horse")
+		var created registration
+		json.Unmarshal([]byte(a.body), &created)
+		u := created.User
+		if a.status != 201 || a.body != fmt.Sprintf(`{"user":%s,"sessionId":%q}`, userJSON(u), created.SessionID) {
+			t.Fatalf("POST /user: status %d: %s", a.status, a.body)
+		}
+		if u.Name != "Ada Lovelace" || u.Email != "ada@example.com" || u.CreatedAt != u.UpdatedAt || u.CreatedAt < before ||
+			!regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$`).MatchString(u.CreatedAt) {
+			t.Errorf("user is %+v", u)
+		}
+		if !regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`).MatchString(created.SessionID) {
+			t.Errorf("session id %q is no version 4 UUID", created.SessionID)
+		}
+		if got, want := a.header.Get("Set-Cookie"), "session-id="+created.SessionID+"; Path=/; Max-Age=604800; HttpOnly; Secure; SameSite=Lax"; got != want {
+			t.Errorf("Set-Cookie: %s, want %s", got, want)
+		}
+		if a := s.want(200, created.SessionID); a.body != userJSON(u) || a.cookie != nil {
+			t.Errorf("GET /user: %s, want %s and no cookie", a.body, userJSON(u))
+		}
+		if a := s.ask("HEAD", "/user", "", cookie(created.SessionID)); a.status != 200 || a.body != "" {
+			t.Errorf("HEAD /user: status %d, body %q", a.status, a.body)
+		}
+		a = s.ask("POST", "/user/signin", `{"email":"ADA@example.com ","password":"correct horse"}`)
+		if a.status != 200 || a.body != userJSON(u) || a.cookie == nil || a.cookie.Value == created.SessionID {
+			t.Fatalf("POST /user/signin: status %d, cookie %v: %s", a.status, a.cookie, a.body)
+		}
+		second := a.cookie.Value
+		s.want(200, created.SessionID) // signing in elsewhere does not end other sessions
+		for range 2 {                  // signing out cannot fail because it was done
+			a = s.ask("DELETE", "/user/session", "", cookie(second))
+			if got, want := a.header.Get("Set-Cookie"), "session-id=; Path=/; Max-Age=0; HttpOnly; Secure; SameSite=Lax"; a.status != 204 || a.body != "" || got != want {
+				t.Errorf("DELETE /user/session: status %d, body %q, Set-Cookie: %s", a.status, a.body, got)
+			}
+		}
+		s.want(401, second)
+		s.want(200, created.SessionID)
+		for range 2 {
+			if a := s.ask("DELETE", "/user/session", ""); a.status != 204 {
+				t.Errorf("DELETE /user/session without a cookie: status %d, want 204", a.status)
+			}
+		}
+		if a := s.ask("GET", "/healthz", ""); a.status != 200 || a.body != `{"status":"ok"}` {
+			t.Errorf("GET /healthz: status %d: %s", a.status, a.body)
+		}
+		for _, msg := range []string{"registered", "signed in", "signed out"} {
+			if line := s.log.find(t, msg); line["client"] != "127.0.0.1" || msg != "signed out" && line["user"] != u.ID {
+				t.Errorf("log line %v", line)
+			}
+		}
+	})
+}
+
+func TestBodiesThatAreRefused(t *testing.T) {
+	s := start(t)
+	s.register("taken@example.com")
+	const good = `"name":"Ada","email":"free@example.com","password":"correct horse"`
+	for _, tt := range []struct {
+		what, body string
+		header     string
+		status     int
+		fields     string // of errors
+	}{
+		{"no content type", `{` + good + `}`, "Content-Type: ", 415, ""},
+		{"a form", `{` + good + `}`, "Content-Type: application/x-www-form-urlencoded", 415, ""},
+		{"text", `{` + good + `}`, "Content-Type: text/plain", 415, ""},
+		{"nothing", ` `, "", 400, ""},
+		{"not JSON", `{name:1}`, "", 400, ""},
+		{"half of it", `{` + good, "", 400, ""},
+		{"an array", `[{` + good + `}]`, "", 400, ""},
+		{"null", `null`, "", 400, ""},
+		{"a string", `"` + `x"`, "", 400, ""},
+		{"two objects", `{` + good + `}{}`, "", 400, ""},
+		{"trailing text", `{` + good + `} x`, "", 400, ""},
+		{"a byte order mark", "\ufeff{" + good + `}`, "", 400, ""},
+		{"invalid UTF-8", `{` + good + ",\"x\":\"\xff\"}", "", 400, ""},
+		{"deep nesting", `{"x":` + strings.Repeat("[", 8000) + strings.Repeat("]", 8000) + `}`, "", 400, "email name password"},
+		{"no fields", `{}`, "", 400, "email name password"},
+		{"nulls", `{"name":null,"email":null,"password":null}`, "", 400, "email name password"},
+		{"wrong types", `{"name":1,"email":["a@b"],"password":{}}`, "", 400, "email name password"},
+		{"keys in another case", `{"Name":"Ada","EMAIL":"a@b","Password":"correct horse"}`, "", 400, "email name password"},
+		{"one wrong of three", `{"name":"Ada","email":"a@b","password":"short"}`, "", 400, "password"},
+		{"a blank name", `{"name":" \t ","email":"a@b","password":"correct horse"}`, "", 400, "name"},
+		{"a name of 101 characters", `{"name":"` + strings.Repeat("é", 101) + `","email":"a@b","password":"correct horse"}`, "", 400, "name"},
+		{"a name with a newline", `{"name":"A\nB","email":"a@b","password":"correct horse"}`, "", 400, "name"},
+		{"a name with C1", `{"name":"A\u0085B","email":"a@b","password":"correct horse"}`, "", 400, "name"},
+		{"no at", `{"name":"Ada","email":"ada","password":"correct horse"}`, "", 400, "email"},
+		{"a display name", `{"name":"Ada","email":"Ada <a@b>","password":"correct horse"}`, "", 400, "email"},
+		{"two addresses", `{"name":"Ada","email":"a@b,c@d","password":"correct horse"}`, "", 400, "email"},
+		{"an address with a line break", `{"name":"Ada","email":"a@b\r\nBcc: c@d","password":"correct horse"}`, "", 400, "email"},
+		{"an address of 255 bytes", `{"name":"Ada","email":"` + strings.Repeat("a", 243) + `@example.com","password":"correct horse"}`, "", 400, "email"},
+		{"a password of 7 bytes", `{"name":"Ada","email":"a@b","password":"1234567"}`, "", 400, "password"},
+		{"a password of 73 bytes", `{"name":"Ada","email":"a@b","password":"` + strings.Repeat("p", 73) + `"}`, "", 400, "password"},
+		{"a password with NUL", `{"name":"Ada","email":"a@b","password":"correct\u0000horse"}`, "", 400, "password"},
+		{"16 KiB and a byte", `{` + good + `,"x":"` + strings.Repeat("x", maxBody-len(good)-8+1) + `"}`, "", 413, ""},
+		{"an email that is taken", credentials("taken@example.com", "another password"), "", 409, ""},
+		{"an email that is taken, in capitals", credentials(" TAKEN@example.com", "another password"), "", 409, ""},
+	} {
+		header := []string{}
+		if tt.header != "" {
+			header = append(header, tt.header)
+			s.client.Transport.(*http.Transport).DisableCompression = true
+		}
+		req, _ := http.NewRequest("POST", s.url+"/user", strings.NewReader(tt.body))
+		req.Header.Set("Content-Type", "application/json")
+		for _, h := range header {
+			_, value, _ := strings.Cut(h, ": ")
+			req.Header.Set("Content-Type", value)
+		}
+		resp, err := s.client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		s.check("POST /user "+tt.what, &reply{status: resp.StatusCode, header: resp.Header, body: string(text)})
+		var p problem
+		json.Unmarshal(text, &p)
+		if got := strings.Join(slices.Sorted(maps.Keys(p.Errors)), " "); resp.StatusCode != tt.status || got != tt.fields {
+			t.Errorf("POST /user %s: status %d, errors of %q, want %d and %q: %s", tt.what, resp.StatusCode, got, tt.status, tt.fields, text)
+		}
+	}
+	if n := s.count(`SELECT count(*) FROM users`); n != 1 {
+		t.Errorf("%d accounts, want the first one only", n)
+	}
+}
+
+func TestBodiesThatAreAccepted(t *testing.T) {
+	s := start(t)
+	exactly16KiB := `{"name":"Ada","email":"big@example.com","password":"correct horse","x":"`
+	exactly16KiB += strings.Repeat("x", maxBody-len(exactly16KiB)-2) + `"}`
+	for _, body := range []string{
+		exactly16KiB,
+		`{"name":"` + strings.Repeat("é", 100) + `","email":"a@b","password":"` + strings.Repeat("p", 72) + `"}`,
+		`{"name":"<b>&\"\\","email":"` + strings.Repeat("a", 242) + `@example.com","password":"        "}`,
+		` {"name":"李","email":"o'brien+tag@sub.example.com","password":"pässwörd"} ` + "\n",
+	} {
+		if a := s.ask("POST", "/user", body); a.status != 201 {
+			t.Errorf("POST /user %.60s…: status %d, want 201: %s", body, a.status, a.body)
+		}
+	}
+	for _, tt := range []struct {
+		body   string
+		status int
+	}{
+		{`{"email":"a@b","password":"` + strings.Repeat("p", 72) + `"}`, 200},
+		{`{"email":"a@b","password":"` + strings.Repeat("p", 73) + `"}`, 401}, // bcrypt would accept it
+		{`{"email":"a@b","password":""}`, 401},
+		{`{"email":"","password":"p"}`, 401},
+		{`{"email":"o'brien+tag@sub.example.com","password":"pässwörd\u0000pässwörd"}`, 401}, // bcrypt would accept it
+		{`{"email":"a@b"}`, 400},
+		{`{"password":"x"}`, 400},
+		{`{"email":1,"password":"x"}`, 400},
+	} {
+		if a := s.ask("POST", "/user/signin", tt.body); a.status != tt.status {
+			t.Errorf("POST /user/signin %.60s…: status %d, want %d: %s", tt.body, a.status, tt.status, a.body)
+		}
+	}
+}
+
+func TestAnEmailRegistersOnce(t *testing.T) {
+	each(t, func(t *testing.T, backend string) {
+		s := start(t, backend)
+		email := newEmail()
+		var created, taken atomic.Int64
+		together(8, func(int) {
+			switch a := s.ask("POST", "/user", credentials(email, password)); a.status {
+			case 201:
+				created.Add(1)
+			case 409:
+				taken.Add(1)
+			default:
+				t.Errorf("POST /user: status %d: %s", a.status, a.body)
+			}
+		})
+		if created.Load() != 1 || taken.Load() != 7 || s.count(`SELECT count(*) FROM users`) != 1 {
+			t.Errorf("%d times 201 and %d times 409, want 1 and 7", created.Load(), taken.Load())
+		}
+		if backend == "REDIS_URL=" {
+			if n := s.count(`SELECT count(*) FROM sessions`); n != 1 {
+				t.Errorf("%d sessions, want 1: those who lost leave none behind", n)
+			}
+		}
+	})
+}
+
+func TestSigningInReplacesTheSessionOfTheCookie(t *testing.T) {
+	each(t, func(t *testing.T, backend string) {
+		s := start(t, backend)
+		email := newEmail()
+		_, first := s.register(email)
+		second := s.signIn(email, cookie(first))
+		s.want(401, first)
+		s.want(200, second)
+		_, third := s.register(newEmail(), cookie(second))
+		s.want(401, second)
+		s.want(200, third)
+		fixed := "11111111-1111-4111-8111-111111111111"
+		if id := s.signIn(email, cookie(fixed)); id == fixed {
+			t.Error("signing in takes the session id that the client chose")
+		}
+		s.want(401, fixed)
+		if a := s.ask("POST", "/user/signin", credentials(email, "wrong password"), cookie(third)); a.status != 401 {
+			t.Errorf("status %d, want 401", a.status)
+		}
+		s.want(200, third) // a sign-in that failed ends nothing
+	})
+}
+
+func TestCookies(t *testing.T) {
+	s := start(t, "COOKIE_SECURE=false", "SESSION_TTL=90s", "DEBUG_ADDR=127.0.0.1:0", "REDIS_URL="+redisURL(t))
+	_, id := s.register(newEmail())
+	a := s.ask("DELETE", "/user/session", "", cookie(id))
+	if got, want := a.header.Get("Set-Cookie"), "session-id=; Path=/; Max-Age=0; HttpOnly; SameSite=Lax"; got != want {
+		t.Errorf("Set-Cookie: %s, want %s", got, want)
+	}
+	if a := s.ask("POST", "/user", credentials(newEmail(), password)); !strings.HasSuffix(a.header.Get("Set-Cookie"), "; Path=/; Max-Age=90; HttpOnly; SameSite=Lax") {
+		t.Errorf("Set-Cookie: %s", a.header.Get("Set-Cookie"))
+	}
+	batches := s.metric("sessionBatches")
+	for _, value := range []string{"", "x", "*", id[:35], id + "0", "{" + id[1:], strings.Replace(id, "-", "0", 1), strings.Repeat("a", 8000), "../../etc/passwd", id[:35] + "g", `"` + id} {
+		if a := s.want(401, value); a.status != 401 {
+			t.Errorf("a cookie of %.40q is no session", value)
+		}
+		if a := s.ask("DELETE", "/user/session", "", cookie(value)); a.status != 204 {
+			t.Errorf("DELETE /user/session: status %d, want 204", a.status)
+		}
+	}
+	if now := s.metric("sessionBatches"); now != batches {
+		t.Errorf("cookies that are no UUID reached the store %v times", now-batches)
+	}
+}
+
+func TestRoutes(t *testing.T) {
+	s := start(t)
+	for _, tt := range []struct {
+		method, path, allow string
+		status              int
+	}{
+		{"GET", "/", "", 404}, {"POST", "/", "", 404}, {"GET", "/users", "", 404}, {"GET", "/user/", "", 404}, {"GET", "//user", "", 404},
+		{"GET", "/user/../healthz", "", 404}, {"GET", "/user/session/x", "", 404}, {"CONNECT", "/x", "", 404},
+		{"PUT", "/user", "GET, HEAD, POST", 405}, {"DELETE", "/user", "GET, HEAD, POST", 405}, {"OPTIONS", "/user", "GET, HEAD, POST", 405},
+		{"GET", "/user/signin", "POST", 405}, {"GET", "/user/session", "DELETE", 405}, {"HEAD", "/user/session", "DELETE", 405},
+		{"POST", "/healthz", "GET, HEAD", 405}, {"BREW", "/healthz", "GET, HEAD", 405}, {"HEAD", "/healthz", "", 200}, {"HEAD", "/user", "", 401},
+	} {
+		a := s.ask(tt.method, tt.path, "")
+		if a.status != tt.status || a.header.Get("Allow") != tt.allow {
+			t.Errorf("%s %s: status %d, Allow %q, want %d, %q", tt.method, tt.path, a.status, a.header.Get("Allow"), tt.status, tt.allow)
+		}
+	}
+	for _, line := range []string{"OPTIONS * HTTP/1.1", "GET http://x HTTP/1.1", "CONNECT x:1 HTTP/1.1"} {
+		status, header, body := s.raw(line + "\r\nHost: x\r\nConnection: close\r\n\r\n")
+		if status != 404 {
+			t.Errorf("%s: status %d, want 404", line, status)
+		}
+		s.check(line, &reply{status: status, header: header, body: body})
+	}
+}
+
+// raw sends bytes and reads one answer; status 0 when the connection was closed without one.
+func (s *service) raw(text string) (status int, header http.Header, body string) {
+	s.Helper()
+	c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+	if err != nil {
+		s.Fatal(err)
+	}
+	defer c.Close()
+	go io.WriteString(c, text) // it may be answered before it is read whole
+	c.SetReadDeadline(time.Now().Add(20 * time.Second))
+	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+	if err != nil {
+		return 0, nil, ""
+	}
+	defer resp.Body.Close()
+	b, _ := io.ReadAll(resp.Body)
+	return resp.StatusCode, resp.Header, string(b)
+}
+
+func TestBrowsersOnOtherSitesAreRefused(t *testing.T) {
+	s := start(t)
+	_, id := s.register(newEmail())
+	for _, tt := range []struct {
+		header []string
+		status int
+	}{
+		{[]string{"Sec-Fetch-Site: cross-site"}, 403},
+		{[]string{"Sec-Fetch-Site: same-site"}, 403},
+		{[]string{"Origin: https://evil.example"}, 403},
+		{[]string{"Origin: null"}, 403},
+		{[]string{"Sec-Fetch-Site: same-origin"}, 204},
+		{[]string{"Origin: " + s.url}, 204},
+		{nil, 204}, // curl
+	} {
+		for _, route := range []string{"POST /user", "POST /user/signin", "DELETE /user/session"} {
+			method, path, _ := strings.Cut(route, " ")
+			if a := s.ask(method, path, "", append(tt.header, cookie(id))...); (a.status == 403) != (tt.status == 403) {
+				t.Errorf("%s %q: status %d, want 403: %v", route, tt.header, a.status, tt.status == 403)
+			}
+		}
+	}
+	_, id = s.register(newEmail())
+	if a := s.ask("GET", "/user", "", "Sec-Fetch-Site: cross-site", cookie(id)); a.status != 200 {
+		t.Errorf("GET from another site: status %d, want 200: reading is safe", a.status)
+	}
+}
+
+func TestUnknownEmailAndWrongPasswordAreAlike(t *testing.T) {
+	s := start(t, "DEBUG_ADDR=127.0.0.1:0")
+	for cost := bcrypt.MinCost; cost <= 10; cost += 3 {
+		s.addAccount(fmt.Sprintf("cost%d@example.com", cost), cost)
+	}
+	rounds := func(body string) (work float64, answer string) {
+		before := s.metric("bcryptRounds")
+		a := s.ask("POST", "/user/signin", body)
+		if a.status != 401 || a.cookie != nil {
+			t.Errorf("POST /user/signin: status %d, want 401", a.status)
+		}
+		return s.metric("bcryptRounds") - before, a.body
+	}
+	for _, body := range []string{
+		credentials("unknown@example.com", "wrong password"),
+		credentials("cost10@example.com", "wrong password"),
+		credentials("cost7@example.com", "wrong password"), // of a hash that is weaker than configured
+		credentials("cost4@example.com", "wrong password"),
+		credentials("cost10@example.com", "short"),
+		credentials("unknown@example.com", "short"),
+		credentials("no address", "wrong password"),
+	} {
+		if work, answer := rounds(body); work != 1<<10 || answer != `{"title":"Unauthorized","status":401,"detail":"The email or the password is wrong."}` {
+			t.Errorf("POST /user/signin %s: %v rounds of bcrypt, want %v: %s", body, work, 1<<10, answer)
+		}
+	}
+}
+
+func TestOldHashesAreAcceptedAndUpgraded(t *testing.T) {
+	s := start(t)
+	for _, prefix := range []string{"$2a$", "$2b$"} {
+		user := s.addAccount(newEmail(), bcrypt.MinCost)
+		s.exec(`UPDATE users SET password_hash = ? || substr(password_hash, 5) WHERE id = ?`, prefix, user.ID)
+		for range 2 {
+			s.signIn(user.Email)
+			if n := s.count(`SELECT count(*) FROM users WHERE id = ? AND password_hash LIKE '$2a$10$%'`, user.ID); n != 1 {
+				t.Errorf("a hash of %s at cost 4 is not stored anew at cost 10", prefix)
+			}
+		}
+	}
+	user := s.addAccount(newEmail(), 11)
+	s.signIn(user.Email)
+	if n := s.count(`SELECT count(*) FROM users WHERE id = ? AND password_hash LIKE '$2a$11$%'`, user.ID); n != 1 {
+		t.Error("a hash that is stronger than configured was replaced")
+	}
+}
+
+func TestAHashThatIsNoneIsAFaultOfOurs(t *testing.T) {
+	s := start(t)
+	s.faulty = true
+	user := s.addAccount(newEmail(), bcrypt.MinCost)
+	s.exec(`UPDATE users SET password_hash = 'plain' WHERE id = ?`, user.ID)
+	if a := s.ask("POST", "/user/signin", credentials(user.Email, password)); a.status != 500 {
+		t.Errorf("status %d, want 500", a.status)
+	}
+	if line := s.log.find(t, "request failed"); !strings.Contains(line["err"].(string), user.ID) {
+		t.Errorf("log line %v, want the user's id", line)
+	}
+}
+
+func TestFailedSignInsAreThrottled(t *testing.T) {
+	s := start(t, "DEBUG_ADDR=127.0.0.1:0", "TRUSTED_PROXIES=127.0.0.0/8")
+	email := newEmail()
+	user := s.addAccount(email, bcrypt.MinCost)
+	open := s.signIn(email)
+	guess := func(from string) *reply {
+		return s.ask("POST", "/user/signin", credentials(email, "wrong password"), "X-Forwarded-For: "+from)
+	}
+	for i := range 10 {
+		if a := guess("192.0.2.1"); a.status != 401 {
+			t.Fatalf("guess %d: status %d, want 401", i+1, a.status)
+		}
+	}
+	comparisons := s.metric("bcryptRounds")
+	for range 3 {
+		a := guess("192.0.2.1")
+		if seconds, _ := strconv.Atoi(a.header.Get("Retry-After")); a.status != 429 || seconds < 1 || seconds > 60 {
+			t.Errorf("guess 11: status %d, Retry-After %q, want 429 and at most a minute", a.status, a.header.Get("Retry-After"))
+		}
+	}
+	if a := s.ask("POST", "/user/signin", credentials(email, password), "X-Forwarded-For: 192.0.2.1"); a.status != 429 {
+		t.Errorf("the right password from there: status %d, want 429", a.status)
+	}
+	if s.metric("bcryptRounds") != comparisons {
+		t.Error("a try that was refused cost a bcrypt")
+	}
+	s.want(200, open) // the victim's open session
+	s.signIn(email, "X-Forwarded-For: 192.0.2.2")
+	if a := s.ask("POST", "/user/signin", credentials(newEmail(), "wrong password"), "X-Forwarded-For: 192.0.2.1"); a.status != 401 {
+		t.Errorf("another email from there: status %d, want 401", a.status)
+	}
+	if line := s.log.find(t, "sign-in throttled"); line["client"] != "192.0.2.1" {
+		t.Errorf("log line %v", line)
+	}
+	if line := s.log.find(t, "sign-in refused"); line["user"] != user.ID || line["client"] != "192.0.2.1" {
+		t.Errorf("log line %v", line)
+	}
+}
+
+func TestThrottle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		th := newThrottle()
+		client := func(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}) }
+		fail := func(email string, i int) bool { return th.add(email, client(i), 1) == 0 }
+		for range 10 {
+			if !fail("a", 1) {
+				t.Fatal("refused before 10 failures")
+			}
+		}
+		if wait := th.add("a", client(1), 0); fail("a", 1) || wait <= 0 || wait > time.Minute {
+			t.Errorf("the 11th may be made, or after %v", wait)
+		}
+		time.Sleep(time.Minute) // a place frees up, one a minute
+		if !fail("a", 1) || fail("a", 1) {
+			t.Error("not one place after a minute")
+		}
+		if !fail("a", 2) || !fail("b", 1) {
+			t.Error("another address or another email is refused")
+		}
+		th.add("a", client(2), -1)
+		time.Sleep(time.Minute)
+		if !fail("a", 1) {
+			t.Fatal("no place after another minute")
+		}
+		th.add("a", client(1), -1) // it was a success: the count starts anew
+		for i := range 10 {
+			if !fail("a", 1) {
+				t.Errorf("refused at failure %d after a success", i+1)
+			}
+		}
+		n := 0 // from anywhere: 100, then ten a minute
+		for ; fail("c", n); n++ {
+		}
+		if n != 100 {
+			t.Errorf("%d failures from anywhere, want 100", n)
+		}
+		time.Sleep(time.Minute)
+		for n = 0; fail("c", 1000+n); n++ {
+		}
+		if n != 10 {
+			t.Errorf("%d places a minute from anywhere, want 10", n)
+		}
+	})
+}
+
+func TestThrottleForgetsWhatItNeedNotKnow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		th := newThrottle()
+		largest := 0
+		for i := range 200_000 { // a hundred tries a second, more than any machine's bcrypt allows
+			th.add(strconv.Itoa(i), netip.IPv6Loopback(), 1)
+			time.Sleep(10 * time.Millisecond)
+			largest = max(largest, len(th.emptyAt))
+		}
+		if largest > 20_000 {
+			t.Errorf("it remembered %d counts at once", largest)
+		}
+	})
+}
+
+func TestClientAddress(t *testing.T) {
+	for _, tt := range []struct {
+		proxies, peer string
+		forwarded     []string
+		want          string
+	}{
+		{"", "192.0.2.1:5", nil, "192.0.2.1"},
+		{"", "192.0.2.1:5", []string{"198.51.100.7"}, "192.0.2.1"}, // nobody is trusted
+		{"10.0.0.0/8", "192.0.2.1:5", []string{"198.51.100.7"}, "192.0.2.1"},
+		{"10.0.0.0/8", "10.1.2.3:5", nil, "10.1.2.3"},
+		{"10.0.0.0/8", "10.1.2.3:5", []string{"198.51.100.7"}, "198.51.100.7"},
+		{"10.0.0.0/8", "[::ffff:10.1.2.3]:5", []string{"::ffff:198.51.100.7"}, "198.51.100.7"},
+		{"10.0.0.0/8", "10.1.2.3:5", []string{"203.0.113.9, 198.51.100.7"}, "198.51.100.7"},   // what the client claims is further left
+		{"10.0.0.0/8", "10.1.2.3:5", []string{"203.0.113.9", "198.51.100.7"}, "198.51.100.7"}, // in two header lines
+		{"10.0.0.0/8, fd00::/8", "10.1.2.3:5", []string{"203.0.113.9,2001:db8::1, fd00::1,10.9.9.9"}, "2001:db8::1"},
+		{"10.0.0.0/8", "10.1.2.3:5", []string{"10.2.2.2,10.3.3.3"}, "10.2.2.2"},
+		{"10.0.0.0/8", "10.1.2.3:5", []string{"203.0.113.9, junk"}, "10.1.2.3"},
+		{"10.0.0.0/8", "10.1.2.3:5", []string{""}, "10.1.2.3"},
+		{"fe80::/10", "[fe80::1%eth0]:5", []string{"203.0.113.9"}, "203.0.113.9"},
+	} {
+		cfg, err := loadConfig(func(name string) string { return map[string]string{"TRUSTED_PROXIES": tt.proxies}[name] })
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := &http.Request{RemoteAddr: tt.peer, Header: http.Header{"X-Forwarded-For": tt.forwarded}}
+		if got := (&server{cfg: cfg}).clientAddr(r); got.String() != tt.want {
+			t.Errorf("peer %s, X-Forwarded-For %q, trusted %q: %s, want %s", tt.peer, tt.forwarded, tt.proxies, got, tt.want)
+		}
+	}
+}
+
+func TestTheQueueForBcryptIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate(2)
+		var entered, busy atomic.Int64
+		begin := time.Now()
+		for range 1000 {
+			go func() {
+				leave, err := g.enter(t.Context())
+				if err != nil {
+					busy.Add(1)
+					if waited := time.Since(begin); !errors.Is(err, errTooBusy) || waited > queuePatience {
+						t.Errorf("%v after %v", err, waited)
+					}
+					return
+				}
+				entered.Add(1)
+				time.Sleep(250 * time.Millisecond)
+				leave()
+			}()
+		}
+		synctest.Wait()
+		if n := busy.Load(); n != 1000-maxQueue-2 && n != 1000-maxQueue {
+			t.Errorf("%d refused at once, want all but the queue of %d", n, maxQueue)
+		}
+		time.Sleep(time.Minute)
+		if n := entered.Load(); n < 40 || n > 45 || n+busy.Load() != 1000 {
+			t.Errorf("%d had a turn within %v, %d were refused", n, queuePatience, busy.Load())
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		g.enter(ctx)
+		g.enter(ctx)
+		cancel()
+		if _, err := g.enter(ctx); !errors.Is(err, context.Canceled) {
+			t.Errorf("a client that left waits on: %v", err)
+		}
+	})
+}
+
+func TestAPanicIsAnswered500AndLogged(t *testing.T) {
+	log := newLogBuffer()
+	s := newServer(config{}, nil, nil, newGate(1), new(expvar.Map), slog.New(slog.NewJSONHandler(log, nil)))
+	r, _ := http.NewRequest("GET", "/user", nil)
+	r.Header.Set("Cookie", cookieName+"="+newUUID())
+	w := &recorder{header: http.Header{}}
+	s.ServeHTTP(w, r) // there is no session store
+	if w.status != 500 || strings.Contains(w.body.String(), "nil pointer") {
+		t.Errorf("status %d: %s", w.status, &w.body)
+	}
+	if line := log.find(t, "request failed"); !strings.Contains(line["err"].(string), "handlers.go") {
+		t.Errorf("log line %v, want the stack", line)
+	}
+}
+
+// recorder is a ResponseWriter for handlers called without a connection.
+type recorder struct {
+	header http.Header
+	status int
+	body   bytes.Buffer
+}
+
+func (w *recorder) Header() http.Header         { return w.header }
+func (w *recorder) WriteHeader(status int)      { w.status = status }
+func (w *recorder) Write(p []byte) (int, error) { return w.body.Write(p) }
+
+// ---------------------------------------------------------------------------------------------------
+// session.go
+
+// mapSessions is a session backend in a few lines, which shows that one can be plugged in.
+type mapSessions struct {
+	mu       sync.Mutex
+	sessions map[string]mapSession
+}
+
+type mapSession struct {
+	user User
+	ends time.Time
+}
+
+func (m *mapSessions) Create(_ context.Context, id, replaced string, user User, ttl time.Duration) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.sessions, replaced)
+	m.sessions[id] = mapSession{user, time.Now().Add(ttl)}
+	return nil
+}
+
+func (m *mapSessions) Get(_ context.Context, id string) (User, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if s, ok := m.sessions[id]; ok && time.Now().Before(s.ends) {
+		return s.user, nil
+	}
+	return User{}, errNoSession
+}
+
+func (m *mapSessions) Delete(_ context.Context, id string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.sessions, id)
+	return nil
+}
+
+func (m *mapSessions) Ping(context.Context) error { return nil }
+func (m *mapSessions) Close() error               { return nil }
+
+func openRedisSessions(t testing.TB, url string) *redisSessions {
+	t.Helper()
+	target, ok := parseRedisURL(url)
+	if !ok {
+		t.Fatalf("%s is no URL", url)
+	}
+	s := newRedisSessions(target, new(expvar.Map))
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+func openTestDatabase(t testing.TB) *database {
+	t.Helper()
+	db, err := openDatabase(filepath.Join(t.TempDir(), "users.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close() })
+	return db
+}
+
+func TestSessionStores(t *testing.T) {
+	t.Run("map", func(t *testing.T) { testSessionStore(t, &mapSessions{sessions: map[string]mapSession{}}) })
+	t.Run("sqlite", func(t *testing.T) { testSessionStore(t, &sqliteSessions{openTestDatabase(t)}) })
+	t.Run("redis", func(t *testing.T) { testSessionStore(t, openRedisSessions(t, redisURL(t))) })
+}
+
+func testUser(i int) User {
+	return User{newUUID(), fmt.Sprintf("User %d", i), fmt.Sprintf("user%d@example.com", i), "2025-03-30T20:00:00.000Z", "2025-03-31T20:00:00.123Z"}
+}
+
+// testSessionStore is what every session backend has to pass.
+func testSessionStore(t *testing.T, store SessionStore) {
+	ctx := t.Context()
+	create := func(t *testing.T, replaced string, ttl time.Duration) (string, User) {
+		t.Helper()
+		id, user := newUUID(), testUser(1)
+		if err := store.Create(ctx, id, replaced, user, ttl); err != nil {
+			t.Fatal(err)
+		}
+		return id, user
+	}
+	none := func(t *testing.T, id string) {
+		t.Helper()
+		if user, err := store.Get(ctx, id); !errors.Is(err, errNoSession) || errors.Is(err, errUnavailable) || user != (User{}) {
+			t.Errorf("got %v, %v, want errNoSession", user, err)
+		}
+	}
+	some := func(t *testing.T, id string, user User) {
+		t.Helper()
+		if got, err := store.Get(ctx, id); got != user || err != nil {
+			t.Errorf("got %v, %v, want %v", got, err, user)
+		}
+	}
+	t.Run("what was created is found", func(t *testing.T) {
+		id, user := create(t, "", time.Hour)
+		some(t, id, user)
+		some(t, id, user)
+	})
+	t.Run("missing", func(t *testing.T) { none(t, newUUID()) })
+	t.Run("deleted, and deleted again", func(t *testing.T) {
+		id, _ := create(t, "", time.Hour)
+		other, user := create(t, "", time.Hour)
+		for range 2 {
+			if err := store.Delete(ctx, id); err != nil {
+				t.Error(err)
+			}
+			none(t, id)
+		}
+		some(t, other, user)
+	})
+	t.Run("expired", func(t *testing.T) {
+		id, user := create(t, "", time.Second)
+		some(t, id, user)
+		eventually(t, 3*time.Second, "the session ends", func() bool {
+			_, err := store.Get(ctx, id)
+			return errors.Is(err, errNoSession)
+		})
+		create(t, "", time.Hour) // sweeps
+		none(t, id)
+	})
+	t.Run("replaced", func(t *testing.T) {
+		first, _ := create(t, "", time.Hour)
+		second, user := create(t, first, time.Hour)
+		none(t, first)
+		some(t, second, user)
+		create(t, newUUID(), time.Hour) // replacing none is no error
+	})
+	t.Run("text of any kind", func(t *testing.T) {
+		id, user := newUUID(), testUser(1)
+		user.Name, user.Email = "李 \r\n$5\r\n*1\x00\xff\"'", strings.Repeat("x", 5000)
+		if err := store.Create(ctx, id, "", user, time.Hour); err != nil {
+			t.Fatal(err)
+		}
+		some(t, id, user)
+	})
+	t.Run("200 at once, each its own", func(t *testing.T) {
+		ids, users := make([]string, 200), make([]User, 200)
+		together(200, func(i int) {
+			ids[i], users[i] = newUUID(), testUser(i)
+			if err := store.Create(ctx, ids[i], "", users[i], time.Hour); err != nil {
+				t.Error(err)
+			}
+			for range 10 {
+				if user, err := store.Get(ctx, ids[i]); err != nil || user != users[i] {
+					t.Errorf("got %v, %v, want %v", user, err, users[i])
+				}
+			}
+		})
+	})
+	t.Run("deleted while it is read", func(t *testing.T) {
+		for range 20 {
+			id, user := create(t, "", time.Hour)
+			var deleted atomic.Bool
+			together(9, func(i int) {
+				if i == 0 {
+					if err := store.Delete(ctx, id); err != nil {
+						t.Error(err)
+					}
+					deleted.Store(true)
+					return
+				}
+				for range 20 {
+					gone := deleted.Load()
+					if got, err := store.Get(ctx, id); err == nil && (gone || got != user) || err != nil && !errors.Is(err, errNoSession) {
+						t.Errorf("got %v, %v (deleted before: %v)", got, err, gone)
+					}
+				}
+			})
+			none(t, id)
+		}
+	})
+	t.Run("ping", func(t *testing.T) {
+		if err := store.Ping(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestTroubleIsNotAbsence(t *testing.T) {
+	target, _ := parseRedisURL("redis://127.0.0.1:" + freePort(t))
+	db := openTestDatabase(t)
+	db.Close()
+	for name, store := range map[string]SessionStore{"redis": newRedisSessions(target, new(expvar.Map)), "sqlite": &sqliteSessions{db}} {
+		_, get := store.Get(t.Context(), newUUID())
+		for what, err := range map[string]error{
+			"Get": get, "Ping": store.Ping(t.Context()), "Delete": store.Delete(t.Context(), newUUID()),
+			"Create": store.Create(t.Context(), newUUID(), "", testUser(1), time.Hour),
+		} {
+			if err == nil || errors.Is(err, errNoSession) || name == "redis" && !errors.Is(err, errUnavailable) {
+				t.Errorf("%s %s of a store that is away: %v", name, what, err)
+			}
+		}
+	}
+}
+
+// monitor returns what Redis is sent by others than redisDo while do runs, a line for each command.
+func monitor(t *testing.T, url string, do func()) (commands []string) {
+	t.Helper()
+	c, err := redis.DialURL(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Do("MONITOR"); err != nil {
+		t.Fatal(err)
+	}
+	do()
+	end := newUUID()
+	redisDo(t, url, "ECHO", end)
+	for {
+		line, err := redis.String(redis.ReceiveWithTimeout(c, 10*time.Second))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(line, end) {
+			return commands
+		}
+		_, command, _ := strings.Cut(line, "] ")
+		commands = append(commands, command)
+	}
+}
+
+func TestWhatRedisIsSent(t *testing.T) {
+	r := ownRedis(t)
+	s := start(t, "REDIS_URL="+r.url())
+	first := newUUID()
+	var user User
+	var id string
+	nonces := map[string]bool{}
+	expect := func(what string, do func(), want ...string) {
+		t.Helper()
+		got := monitor(t, r.url(), do)
+		for i, line := range got {
+			if nonce, isPing := strings.CutPrefix(line, `"PING" `); isPing {
+				if len(nonce) < 38 || nonces[nonce] {
+					t.Errorf("%s: PING %s is short or was used before", what, nonce)
+				}
+				nonces[nonce] = true
+				got[i] = `"PING" nonce`
+			}
+		}
+		for i := range want {
+			want[i] = strings.NewReplacer("ID", id, "FIRST", first, "USER", user.ID, "EMAIL", user.Email, "TIME", user.CreatedAt).Replace(want[i])
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s sent\n%s\nwant\n%s", what, strings.Join(got, "\n"), strings.Join(want, "\n"))
+		}
+	}
+	var create []string
+	create = monitor(t, r.url(), func() { user, id = s.register(newEmail(), cookie(first)) })
+	want := []string{`"MULTI"`, `"DEL" "session:` + first + `"`,
+		fmt.Sprintf(`"HSET" "session:%s" "id" "%s" "name" "Ada Lovelace" "email" "%s" "createdAt" "%s" "updatedAt" "%[4]s"`, id, user.ID, user.Email, user.CreatedAt),
+		`"EXPIRE" "session:` + id + `" "604800"`}
+	if len(create) != 6 || !slices.Equal(create[:4], want) || !strings.HasPrefix(create[4], `"PING" `) || create[5] != `"EXEC"` {
+		t.Errorf("POST /user sent\n%s\nwant\n%s", strings.Join(create, "\n"), strings.Join(want, "\n"))
+	}
+	expect("GET /user", func() { s.want(200, id) }, `"HGETALL" "session:ID"`, `"PING" nonce`)
+	expect("GET /user again", func() { s.want(200, id) }, `"HGETALL" "session:ID"`, `"PING" nonce`)
+	expect("GET /user without a cookie", func() { s.ask("GET", "/user", "") })
+	expect("GET /user with a cookie that is no UUID", func() { s.want(401, "*") })
+	expect("POST /user/signin in vain", func() { s.ask("POST", "/user/signin", credentials(user.Email, "wrong password")) })
+	expect("GET /healthz", func() { s.ask("GET", "/healthz", "") }, `"PING" nonce`)
+	expect("DELETE /user/session", func() { s.ask("DELETE", "/user/session", "", cookie(id)) }, `"DEL" "session:ID"`, `"PING" nonce`)
+	expect("DELETE /user/session without a cookie", func() { s.ask("DELETE", "/user/session", "") })
+}
+
+func TestSessionHashAndLife(t *testing.T) {
+	url := redisURL(t)
+	s := start(t, "REDIS_URL="+url)
+	user, id := s.register(newEmail())
+	got, err := redis.StringMap(redisDo(t, url, "HGETALL", "session:"+id), nil)
+	want := map[string]string{"id": user.ID, "name": user.Name, "email": user.Email, "createdAt": user.CreatedAt, "updatedAt": user.UpdatedAt}
+	if err != nil || !maps.Equal(got, want) {
+		t.Errorf("hash is %v, want %v", got, want)
+	}
+	for range 3 {
+		s.want(200, id)
+	}
+	ttl := redisDo(t, url, "TTL", "session:"+id).(int64)
+	if ttl > 604800 || ttl < 604790 {
+		t.Errorf("life is %d s, want 604800", ttl)
+	}
+	redisDo(t, url, "EXPIRE", "session:"+id, 100)
+	if s.want(200, id); redisDo(t, url, "TTL", "session:"+id).(int64) > 100 {
+		t.Error("use prolongs a session")
+	}
+}
+
+func TestHashesOfTheOriginal(t *testing.T) {
+	url := redisURL(t)
+	s := start(t, "REDIS_URL="+url)
+	for _, tt := range []struct {
+		what   string
+		fields []any
+		want   string // createdAt, "" for no session
+	}{
+		{"ISO", []any{"id", "7", "name", "Ada", "email", "a@b", "createdAt", "2025-03-30T20:00:00.000Z", "updatedAt", "2025-03-30T20:00:00.000Z"}, "2025-03-30T20:00:00.000Z"},
+		{"Date.toString", []any{"id", "7", "name", "Ada", "email", "a@b", "createdAt", "Sun Mar 30 2025 20:00:00 GMT+0000 (Coordinated Universal Time)", "updatedAt", "2025-03-30T20:00:00Z"}, "2025-03-30T20:00:00.000Z"},
+		{"Date.toString elsewhere", []any{"id", "7", "name", "Ada", "email", "a@b", "createdAt", "Sun Mar 30 2025 22:00:00 GMT+0200 (Central European Summer Time)", "updatedAt", "2025-03-30T20:00:00Z"}, "2025-03-30T20:00:00.000Z"},
+		{"an offset", []any{"id", "7", "createdAt", "2025-03-30T22:00:00.5+02:00", "updatedAt", "2025-03-30T20:00:00Z"}, "2025-03-30T20:00:00.500Z"},
+		{"more fields than known", []any{"id", "7", "role", "admin", "createdAt", "2025-03-30T20:00:00.000Z", "updatedAt", "2025-03-30T20:00:00Z"}, "2025-03-30T20:00:00.000Z"},
+		{"no id", []any{"name", "Ada", "createdAt", "2025-03-30T20:00:00.000Z", "updatedAt", "2025-03-30T20:00:00Z"}, ""},
+		{"an empty id", []any{"id", "", "createdAt", "2025-03-30T20:00:00.000Z", "updatedAt", "2025-03-30T20:00:00Z"}, ""},
+		{"no times", []any{"id", "7"}, ""},
+		{"Invalid Date", []any{"id", "7", "createdAt", "Invalid Date", "updatedAt", "2025-03-30T20:00:00Z"}, ""},
+		{"milliseconds", []any{"id", "7", "createdAt", "1743364800000", "updatedAt", "2025-03-30T20:00:00Z"}, ""},
+	} {
+		id := newUUID()
+		redisDo(t, url, "HSET", append([]any{"session:" + id}, tt.fields...)...)
+		redisDo(t, url, "EXPIRE", "session:"+id, 60)
+		a := s.ask("GET", "/user", "", cookie(id))
+		if tt.want == "" && a.status != 401 || tt.want != "" && (a.status != 200 || !strings.Contains(a.body, `"createdAt":"`+tt.want+`"`)) {
+			t.Errorf("%s: status %d: %s, want %s", tt.what, a.status, a.body, cmp.Or(tt.want, "401"))
+		}
+		if a := s.ask("DELETE", "/user/session", "", cookie(id)); a.status != 204 || redisDo(t, url, "EXISTS", "session:"+id).(int64) != 0 {
+			t.Errorf("%s: DELETE status %d", tt.what, a.status)
+		}
+	}
+	id := newUUID()
+	redisDo(t, url, "SET", "session:"+id, "a string", "EX", 60)
+	other := newUUID()
+	redisDo(t, url, "HSET", "session:"+other, "id", "7", "createdAt", "2025-03-30T20:00:00Z", "updatedAt", "2025-03-30T20:00:00Z")
+	redisDo(t, url, "EXPIRE", "session:"+other, 60)
+	together(20, func(i int) { // in one batch, too
+		if i%2 == 0 {
+			s.want(401, id)
+		} else {
+			s.want(200, other)
+		}
+	})
+}
+
+func TestRedisURLs(t *testing.T) {
+	for url, want := range map[string]redisTarget{
+		"redis://localhost:6379":                     {"redis", []string{"localhost:6379"}, "", 0, "", ""},
+		"redis://localhost:6379/":                    {"redis", []string{"localhost:6379"}, "", 0, "", ""},
+		"rediss://u%40x:p%2Fw@[::1]:6380/15":         {"rediss", []string{"[::1]:6380"}, "", 15, "u@x", "p/w"},
+		"redis://:p:w@h:1/2":                         {"redis", []string{"h:1"}, "", 2, "", "p:w"},
+		"redis-sentinel://a:1,b:2,c:3/mymaster":      {"redis-sentinel", []string{"a:1", "b:2", "c:3"}, "mymaster", 0, "", ""},
+		"redis-sentinel://u:p@a:1/my-master.1/3":     {"redis-sentinel", []string{"a:1"}, "my-master.1", 3, "u", "p"},
+		"redis-sentinel://a:26379,[fd00::1]:26379/7": {"redis-sentinel", []string{"a:26379", "[fd00::1]:26379"}, "7", 0, "", ""},
+	} {
+		if got, ok := parseRedisURL(url); !ok || fmt.Sprint(*got) != fmt.Sprint(want) {
+			t.Errorf("%s: got %v, %v, want %v", url, got, ok, want)
+		} else if text := got.String(); strings.Contains(text, "@") || !strings.Contains(text, got.addrs[0]) {
+			t.Errorf("%s: shown as %s", url, text)
+		}
+	}
+}
+
+func TestRedisWithUserPasswordAndDatabase(t *testing.T) {
+	r := ownRedis(t, "--user", "default", "off", "--user", "svc", "on", ">s3cr:t/@", "~session:*", "+@all")
+	s := start(t, "REDIS_URL=redis://svc:s3cr%3At%2F%40@127.0.0.1:"+r.port+"/3")
+	s.secret("s3cr")
+	_, id := s.register(newEmail())
+	s.want(200, id)
+	c, err := redis.DialURL("redis://svc:s3cr%3At%2F%40@127.0.0.1:" + r.port + "/3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if n, err := redis.Int(c.Do("EXISTS", "session:"+id)); n != 1 || err != nil {
+		t.Errorf("the session is not in database 3: %v", err)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------
+// store.go
+
+func TestEmbeddedSessionsOutliveARestart(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a folder?#%20", "users.db")
+	if err := os.Mkdir(filepath.Dir(path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s := start(t, "DB_PATH="+path)
+	email := newEmail()
+	user, id := s.register(email)
+	s.stop()
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 && runtime.GOOS != "windows" {
+		t.Errorf("the file: %v, %v, want it readable to its owner only", info, err)
+	}
+	s = start(t, "DB_PATH="+path)
+	if a := s.want(200, id); a.body != userJSON(user) {
+		t.Errorf("got %s", a.body)
+	}
+	s.signIn(email)
+}
+
+func TestEveryConnectionHasThePragmas(t *testing.T) {
+	db := openTestDatabase(t)
+	for name, pool := range map[string]*sql.DB{"writer": db.writer, "reader": db.reader} {
+		for range pool.Stats().MaxOpenConnections {
+			c, err := pool.Conn(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			for pragma, want := range map[string]string{"journal_mode": "wal", "synchronous": "2", "busy_timeout": "2000", "foreign_keys": "1", "temp_store": "2"} {
+				var got string
+				if err := c.QueryRowContext(t.Context(), "PRAGMA "+pragma).Scan(&got); err != nil || got != want {
+					t.Errorf("%s: PRAGMA %s is %s, %v, want %s", name, pragma, got, err, want)
+				}
+			}
+		}
+	}
+}
+
+func TestSessionRowsHoldNoSessionID(t *testing.T) {
+	s := start(t)
+	_, id := s.register(newEmail())
+	s.stop()
+	files, _ := filepath.Glob(s.dbPath + "*")
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil || bytes.Contains(text, []byte(id)) || bytes.Contains(text, []byte(password)) {
+			t.Errorf("%s holds a session id or a password (%v)", file, err)
+		}
+	}
+}
+
+func TestExpiredSessionsAreSwept(t *testing.T) {
+	db := openTestDatabase(t)
+	store := &sqliteSessions{db}
+	for range 150 {
+		if err := store.Create(t.Context(), newUUID(), "", testUser(1), -time.Second); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kept := newUUID()
+	for range 2 {
+		kept = newUUID()
+		if err := store.Create(t.Context(), kept, "", testUser(1), time.Hour); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var n int
+	if err := db.reader.QueryRow(`SELECT count(*) FROM sessions`).Scan(&n); err != nil || n != 2 {
+		t.Errorf("%d rows, %v, want the two sessions that live", n, err)
+	}
+}
+
+func TestStoreErrors(t *testing.T) {
+	db := openTestDatabase(t)
+	user := testUser(1)
+	if err := db.InsertUser(t.Context(), user, "hash"); err != nil {
+		t.Fatal(err)
+	}
+	twin := testUser(1)
+	if err := db.InsertUser(t.Context(), twin, "hash"); !errors.Is(err, errEmailTaken) {
+		t.Errorf("the same email again: %v, want errEmailTaken", err)
+	}
+	twin.Email = "other@example.com"
+	twin.ID = user.ID
+	if err := db.InsertUser(t.Context(), twin, "hash"); err == nil || errors.Is(err, errEmailTaken) || errors.Is(err, errUnavailable) {
+		t.Errorf("the same id again: %v, want a fault of ours", err)
+	}
+	if _, _, err := db.UserByEmail(t.Context(), "nobody@example.com"); !errors.Is(err, errUserNotFound) {
+		t.Errorf("nobody: %v, want errUserNotFound", err)
+	}
+	if got, hash, err := db.UserByEmail(t.Context(), user.Email); got != user || hash != "hash" || err != nil {
+		t.Errorf("got %v, %s, %v", got, hash, err)
+	}
+	if err := db.ReplacePasswordHash(t.Context(), user.ID, "older", "newer"); err != nil {
+		t.Error(err)
+	}
+	if _, hash, _ := db.UserByEmail(t.Context(), user.Email); hash != "hash" {
+		t.Errorf("a hash that had changed meanwhile was replaced, by %s", hash)
+	}
+}
