@@ -438,6 +438,9 @@ func (s *server) problemOf(r *http.Request, err error) (p *problem) {
 	case errors.Is(err, errUnavailable), errors.Is(err, context.Canceled):
 		p = newProblem(http.StatusServiceUnavailable, "The service cannot reach its data. Try again.")
 		p.retryAfter = 2 * time.Second
+		if r.Context().Err() != nil {
+			break // the client has left, that is all
+		}
 		s.metrics.Add("storeErrors", 1)
 		now := time.Now().Unix()
 		if last := s.outageAt.Load(); now > last && s.outageAt.CompareAndSwap(last, now) {

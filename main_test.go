@@ -12,10 +12,12 @@ import (
 	"encoding/json"
 	"errors"
 	"expvar"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -46,12 +48,22 @@ func TestMain(m *testing.M) {
 	if os.Getenv(runMainEnv) != "" {
 		main()
 	}
+	lastPort.Store(rand.Uint32N(20_000))
+	flag.Parse()
+	if !flagSet("test.parallel") {
+		flag.Set("test.parallel", "16") // most tests wait
+	}
 	code := m.Run()
 	sharedRedis.stop()
 	if n := redisSkips.Load(); n > 0 {
 		fmt.Printf("\n!!! %d TESTS SKIPPED FOR WANT OF A REDIS: install redis-server, or set REDIS_URL, or start Docker\n\n", n)
 	}
 	os.Exit(code)
+}
+
+func flagSet(name string) (set bool) {
+	flag.Visit(func(f *flag.Flag) { set = set || f.Name == name })
+	return set
 }
 
 // skipRedis skips a test that needs a Redis, or fails it where nothing may be skipped.
@@ -185,16 +197,20 @@ func redisDo(t testing.TB, url, name string, args ...any) any {
 	return reply
 }
 
+// freePort returns a port that no other test gets: one that was freed could be another's before it is
+// used. It lies below those that the system hands out by itself.
 func freePort(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for {
+		port := strconv.Itoa(10_000 + int(lastPort.Add(1))%20_000)
+		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
+			l.Close()
+			return port
+		}
 	}
-	defer l.Close()
-	_, port, _ := net.SplitHostPort(l.Addr().String())
-	return port
 }
+
+var lastPort atomic.Uint32
 
 // eventually waits for a condition in another process, which no channel tells of.
 func eventually(t testing.TB, limit time.Duration, what string, condition func() bool) {
@@ -305,6 +321,7 @@ func start(t testing.TB, vars ...string) *service {
 		s.log.end()
 	}()
 	s.stop = sync.OnceFunc(func() {
+		s.client.CloseIdleConnections() // one without a request yet would hold up the end
 		cancel()
 		if code := <-exited; code != 0 {
 			t.Errorf("exit status %d, want 0:\n%s", code, s.log)
@@ -329,6 +346,9 @@ func startProcess(t testing.TB, vars ...string) *service {
 	delete(env, "GOGC")
 	s := &service{TB: t, dbPath: env["DB_PATH"], log: newLogBuffer(), client: newClient()}
 	s.cmd = exec.Command(os.Args[0])
+	if limit := env[limitEnv]; limit != "" {
+		s.cmd = exec.Command("sh", "-c", limit+`; exec "$0"`, os.Args[0])
+	}
 	s.cmd.Env = append(os.Environ(), runMainEnv+"=1")
 	for name, value := range env {
 		s.cmd.Env = append(s.cmd.Env, name+"="+value)
@@ -340,6 +360,7 @@ func startProcess(t testing.TB, vars ...string) *service {
 	exited := make(chan error, 1)
 	go func() { exited <- s.cmd.Wait(); s.log.end() }()
 	s.stop = sync.OnceFunc(func() {
+		s.client.CloseIdleConnections()
 		s.cmd.Process.Signal(os.Interrupt)
 		if err := <-exited; err != nil && !s.faulty {
 			t.Errorf("exit: %v\n%s", err, s.log)
@@ -595,6 +616,7 @@ func (s *service) metric(name string) float64 {
 
 // each runs a test on the service with either session backend.
 func each(t *testing.T, test func(t *testing.T, backend string)) {
+	t.Parallel()
 	t.Run("sqlite", func(t *testing.T) { t.Parallel(); test(t, "REDIS_URL=") })
 	t.Run("redis", func(t *testing.T) { t.Parallel(); test(t, "REDIS_URL="+redisURL(t)) })
 }
@@ -699,6 +721,7 @@ func TestFlags(t *testing.T) {
 }
 
 func TestHealthcheck(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	check := func(addr string) int {
 		return run(t.Context(), []string{"-healthcheck"}, func(name string) string { return map[string]string{"ADDR": addr}[name] }, io.Discard, io.Discard)
@@ -716,6 +739,7 @@ func TestHealthcheck(t *testing.T) {
 }
 
 func TestStartFailsWithStatus1(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	for _, tt := range []struct{ name, value string }{
 		{"ADDR", strings.TrimPrefix(s.url, "http://")},
@@ -733,6 +757,7 @@ func TestStartFailsWithStatus1(t *testing.T) {
 }
 
 func TestShutdownFinishesWhatRuns(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
 	if err != nil {
@@ -762,6 +787,7 @@ func TestShutdownFinishesWhatRuns(t *testing.T) {
 }
 
 func TestDebugAddressIsTheOnlyOneThatServesDebug(t *testing.T) {
+	t.Parallel()
 	s := start(t, "DEBUG_ADDR=127.0.0.1:0", "COOKIE_SECURE=false", "REDIS_URL="+redisURL(t))
 	s.secrets = nil
 	_, id := s.register(newEmail())
@@ -793,6 +819,7 @@ func TestDebugAddressIsTheOnlyOneThatServesDebug(t *testing.T) {
 }
 
 func TestStartSaysWhatIsInUse(t *testing.T) {
+	t.Parallel()
 	url := redisURL(t)
 	s := start(t, "REDIS_URL="+strings.Replace(url, "redis://", "redis://:wr0ng@", 1))
 	s.faulty = true // a Redis without a password refuses one
@@ -870,6 +897,7 @@ func TestTheWholeStory(t *testing.T) {
 }
 
 func TestBodiesThatAreRefused(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	s.register("taken@example.com")
 	const good = `"name":"Ada","email":"free@example.com","password":"correct horse"`
@@ -944,6 +972,7 @@ func TestBodiesThatAreRefused(t *testing.T) {
 }
 
 func TestBodiesThatAreAccepted(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	exactly16KiB := `{"name":"Ada","email":"big@example.com","password":"correct horse","x":"`
 	exactly16KiB += strings.Repeat("x", maxBody-len(exactly16KiB)-2) + `"}`
@@ -1026,6 +1055,7 @@ func TestSigningInReplacesTheSessionOfTheCookie(t *testing.T) {
 }
 
 func TestCookies(t *testing.T) {
+	t.Parallel()
 	s := start(t, "COOKIE_SECURE=false", "SESSION_TTL=90s", "DEBUG_ADDR=127.0.0.1:0", "REDIS_URL="+redisURL(t))
 	_, id := s.register(newEmail())
 	a := s.ask("DELETE", "/user/session", "", cookie(id))
@@ -1050,6 +1080,7 @@ func TestCookies(t *testing.T) {
 }
 
 func TestRoutes(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	for _, tt := range []struct {
 		method, path, allow string
@@ -1095,6 +1126,7 @@ func (s *service) raw(text string) (status int, header http.Header, body string)
 }
 
 func TestBrowsersOnOtherSitesAreRefused(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	_, id := s.register(newEmail())
 	for _, tt := range []struct {
@@ -1123,6 +1155,7 @@ func TestBrowsersOnOtherSitesAreRefused(t *testing.T) {
 }
 
 func TestUnknownEmailAndWrongPasswordAreAlike(t *testing.T) {
+	t.Parallel()
 	s := start(t, "DEBUG_ADDR=127.0.0.1:0")
 	for cost := bcrypt.MinCost; cost <= 10; cost += 3 {
 		s.addAccount(fmt.Sprintf("cost%d@example.com", cost), cost)
@@ -1151,6 +1184,7 @@ func TestUnknownEmailAndWrongPasswordAreAlike(t *testing.T) {
 }
 
 func TestOldHashesAreAcceptedAndUpgraded(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	for _, prefix := range []string{"$2a$", "$2b$"} {
 		user := s.addAccount(newEmail(), bcrypt.MinCost)
@@ -1170,6 +1204,7 @@ func TestOldHashesAreAcceptedAndUpgraded(t *testing.T) {
 }
 
 func TestAHashThatIsNoneIsAFaultOfOurs(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	s.faulty = true
 	user := s.addAccount(newEmail(), bcrypt.MinCost)
@@ -1183,6 +1218,7 @@ func TestAHashThatIsNoneIsAFaultOfOurs(t *testing.T) {
 }
 
 func TestFailedSignInsAreThrottled(t *testing.T) {
+	t.Parallel()
 	s := start(t, "DEBUG_ADDR=127.0.0.1:0", "TRUSTED_PROXIES=127.0.0.0/8")
 	email := newEmail()
 	user := s.addAccount(email, bcrypt.MinCost)
@@ -1440,6 +1476,7 @@ func openTestDatabase(t testing.TB) *database {
 }
 
 func TestSessionStores(t *testing.T) {
+	t.Parallel()
 	t.Run("map", func(t *testing.T) { testSessionStore(t, &mapSessions{sessions: map[string]mapSession{}}) })
 	t.Run("sqlite", func(t *testing.T) { testSessionStore(t, &sqliteSessions{openTestDatabase(t)}) })
 	t.Run("redis", func(t *testing.T) { testSessionStore(t, openRedisSessions(t, redisURL(t))) })
@@ -1602,6 +1639,7 @@ func monitor(t *testing.T, url string, do func()) (commands []string) {
 }
 
 func TestWhatRedisIsSent(t *testing.T) {
+	t.Parallel()
 	r := ownRedis(t)
 	s := start(t, "REDIS_URL="+r.url())
 	first := newUUID()
@@ -1627,8 +1665,7 @@ func TestWhatRedisIsSent(t *testing.T) {
 			t.Errorf("%s sent\n%s\nwant\n%s", what, strings.Join(got, "\n"), strings.Join(want, "\n"))
 		}
 	}
-	var create []string
-	create = monitor(t, r.url(), func() { user, id = s.register(newEmail(), cookie(first)) })
+	create := monitor(t, r.url(), func() { user, id = s.register(newEmail(), cookie(first)) })
 	want := []string{`"MULTI"`, `"DEL" "session:` + first + `"`,
 		fmt.Sprintf(`"HSET" "session:%s" "id" "%s" "name" "Ada Lovelace" "email" "%s" "createdAt" "%s" "updatedAt" "%[4]s"`, id, user.ID, user.Email, user.CreatedAt),
 		`"EXPIRE" "session:` + id + `" "604800"`}
@@ -1646,6 +1683,7 @@ func TestWhatRedisIsSent(t *testing.T) {
 }
 
 func TestSessionHashAndLife(t *testing.T) {
+	t.Parallel()
 	url := redisURL(t)
 	s := start(t, "REDIS_URL="+url)
 	user, id := s.register(newEmail())
@@ -1668,6 +1706,7 @@ func TestSessionHashAndLife(t *testing.T) {
 }
 
 func TestHashesOfTheOriginal(t *testing.T) {
+	t.Parallel()
 	url := redisURL(t)
 	s := start(t, "REDIS_URL="+url)
 	for _, tt := range []struct {
@@ -1730,6 +1769,7 @@ func TestRedisURLs(t *testing.T) {
 }
 
 func TestRedisWithUserPasswordAndDatabase(t *testing.T) {
+	t.Parallel()
 	r := ownRedis(t, "--user", "default", "off", "--user", "svc", "on", ">s3cr:t/@", "~session:*", "+@all")
 	s := start(t, "REDIS_URL=redis://svc:s3cr%3At%2F%40@127.0.0.1:"+r.port+"/3")
 	s.secret("s3cr")
@@ -1749,6 +1789,7 @@ func TestRedisWithUserPasswordAndDatabase(t *testing.T) {
 // store.go
 
 func TestEmbeddedSessionsOutliveARestart(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(t.TempDir(), "a folder?#%20", "users.db")
 	if err := os.Mkdir(filepath.Dir(path), 0o700); err != nil {
 		t.Fatal(err)
@@ -1787,6 +1828,7 @@ func TestEveryConnectionHasThePragmas(t *testing.T) {
 }
 
 func TestSessionRowsHoldNoSessionID(t *testing.T) {
+	t.Parallel()
 	s := start(t)
 	_, id := s.register(newEmail())
 	s.stop()
@@ -1800,6 +1842,7 @@ func TestSessionRowsHoldNoSessionID(t *testing.T) {
 }
 
 func TestExpiredSessionsAreSwept(t *testing.T) {
+	t.Parallel()
 	db := openTestDatabase(t)
 	store := &sqliteSessions{db}
 	for range 150 {
@@ -1807,10 +1850,8 @@ func TestExpiredSessionsAreSwept(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	kept := newUUID()
 	for range 2 {
-		kept = newUUID()
-		if err := store.Create(t.Context(), kept, "", testUser(1), time.Hour); err != nil {
+		if err := store.Create(t.Context(), newUUID(), "", testUser(1), time.Hour); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -1821,6 +1862,7 @@ func TestExpiredSessionsAreSwept(t *testing.T) {
 }
 
 func TestStoreErrors(t *testing.T) {
+	t.Parallel()
 	db := openTestDatabase(t)
 	user := testUser(1)
 	if err := db.InsertUser(t.Context(), user, "hash"); err != nil {
@@ -1846,5 +1888,970 @@ func TestStoreErrors(t *testing.T) {
 	}
 	if _, hash, _ := db.UserByEmail(t.Context(), user.Email); hash != "hash" {
 		t.Errorf("a hash that had changed meanwhile was replaced, by %s", hash)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Faults: what breaks, and what the service makes of it. SESSION_STORAGE_LONG=1 runs the long forms.
+
+var long = os.Getenv("SESSION_STORAGE_LONG") != ""
+
+// rounds is how often a test of chance is repeated.
+func rounds(short, whenLong int) int {
+	if long {
+		return whenLong
+	}
+	return short
+}
+
+// proxy stands between the service and its Redis, and does what a bad network does, or worse.
+type proxy struct {
+	addr  string
+	mu    sync.Mutex
+	conns map[net.Conn]bool
+	fault fault
+}
+
+// fault is given a whole reply of Redis and returns what the service receives in its stead, or an error
+// to cut the connection after that.
+type fault func(reply []byte) ([]byte, error)
+
+func startProxy(t testing.TB, target string) *proxy {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &proxy{addr: l.Addr().String(), conns: map[net.Conn]bool{}}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go p.serve(c, target)
+		}
+	}()
+	t.Cleanup(func() { l.Close(); p.cut() })
+	return p
+}
+
+func (p *proxy) url() string { return "redis://" + p.addr }
+
+// set changes the fault and cuts the connections that are open.
+func (p *proxy) set(f fault) {
+	p.mu.Lock()
+	p.fault = f
+	p.mu.Unlock()
+	p.cut()
+}
+
+func (p *proxy) cut() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for c := range p.conns {
+		c.Close()
+	}
+}
+
+func (p *proxy) serve(client net.Conn, target string) {
+	defer client.Close()
+	server, err := net.Dial("tcp", target)
+	if err != nil {
+		return
+	}
+	defer server.Close()
+	p.mu.Lock()
+	p.conns[client] = true
+	p.mu.Unlock()
+	defer func() {
+		p.mu.Lock()
+		delete(p.conns, client)
+		p.mu.Unlock()
+	}()
+	go func() {
+		defer server.Close()
+		io.Copy(server, client)
+	}()
+	replies := bufio.NewReader(server)
+	for {
+		reply, err := readReply(replies)
+		if err != nil {
+			return
+		}
+		p.mu.Lock()
+		f := p.fault
+		p.mu.Unlock()
+		if f != nil {
+			reply, err = f(reply)
+		}
+		if len(reply) > 0 {
+			client.Write(reply)
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// delayed passes bytes on, each after d, on the way to target and back.
+func delayed(t testing.TB, target string, d time.Duration) (addr string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	pass := func(to, from net.Conn) {
+		defer to.Close()
+		type chunk struct {
+			due  time.Time
+			data []byte
+		}
+		chunks := make(chan chunk, 1000)
+		go func() {
+			defer close(chunks)
+			for {
+				buf := make([]byte, 64<<10)
+				n, err := from.Read(buf)
+				if n > 0 {
+					chunks <- chunk{time.Now().Add(d / 2), buf[:n]}
+				}
+				if err != nil {
+					return
+				}
+			}
+		}()
+		for c := range chunks {
+			time.Sleep(time.Until(c.due))
+			to.Write(c.data)
+		}
+	}
+	go func() {
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial("tcp", target)
+			if err != nil {
+				client.Close()
+				continue
+			}
+			go pass(server, client)
+			go pass(client, server)
+		}
+	}()
+	return l.Addr().String()
+}
+
+// readReply reads one whole reply of RESP 2.
+func readReply(r *bufio.Reader) ([]byte, error) {
+	line, err := r.ReadBytes('\n')
+	if err != nil {
+		return nil, err
+	}
+	n, _ := strconv.Atoi(string(bytes.TrimSpace(line[1:])))
+	switch line[0] {
+	case '$':
+		if n >= 0 {
+			body := make([]byte, n+2)
+			if _, err := io.ReadFull(r, body); err != nil {
+				return nil, err
+			}
+			line = append(line, body...)
+		}
+	case '*':
+		for range n {
+			element, err := readReply(r)
+			if err != nil {
+				return nil, err
+			}
+			line = append(line, element...)
+		}
+	}
+	return line, nil
+}
+
+func TestRedisOutOfReach(t *testing.T) {
+	t.Parallel()
+	errCut := errors.New("cut")
+	faults := map[string]fault{
+		"black hole":       func([]byte) ([]byte, error) { return nil, nil },
+		"cut":              func([]byte) ([]byte, error) { return nil, errCut },
+		"half a reply":     func(reply []byte) ([]byte, error) { return reply[:len(reply)/2], errCut },
+		"half, then none":  func(reply []byte) ([]byte, error) { return reply[:len(reply)/2], nil },
+		"garbage":          func([]byte) ([]byte, error) { return []byte("HTTP/1.1 400 Bad Request\r\n\r\n"), nil },
+		"a huge string":    func([]byte) ([]byte, error) { return []byte("$99999999999999\r\n"), nil },
+		"a huge array":     func([]byte) ([]byte, error) { return []byte("*2147483647\r\n"), nil },
+		"deep nesting":     func([]byte) ([]byte, error) { return bytes.Repeat([]byte("*1\r\n"), 1<<20), nil },
+		"an endless line":  func([]byte) ([]byte, error) { return bytes.Repeat([]byte("+"), 8<<20), nil },
+		"the wrong shapes": func([]byte) ([]byte, error) { return []byte(":1\r\n"), nil },
+	}
+	test := func(t *testing.T, r *redisServer, url string, fail, heal func(), lost bool) {
+		s := start(t, "REDIS_URL="+url, "DEBUG_ADDR=127.0.0.1:0")
+		s.faulty = true
+		email := newEmail()
+		s.addAccount(email, bcrypt.MinCost)
+		_, id := s.register(newEmail())
+		accounts := s.count(`SELECT count(*) FROM users`)
+		fail()
+		s.unavailable(id, email)
+		var worst atomic.Int64
+		together(500, func(int) {
+			begin := time.Now()
+			s.want(503, id)
+			worst.Store(max(worst.Load(), int64(time.Since(begin))))
+		})
+		if d := time.Duration(worst.Load()); d > 3*time.Second {
+			t.Errorf("500 at once: an answer took %v", d)
+		}
+		if n := s.count(`SELECT count(*) FROM users`); n != accounts {
+			t.Errorf("registrations that failed left %d accounts behind", n-accounts)
+		}
+		var mem runtime.MemStats
+		if runtime.ReadMemStats(&mem); mem.HeapAlloc > 512<<20 || runtime.NumGoroutine() > 20_000 {
+			t.Errorf("the heap is at %d MB, %d goroutines run", mem.HeapAlloc>>20, runtime.NumGoroutine())
+		}
+		heal()
+		healed := time.Now()
+		eventually(t, 10*time.Second, "the service is back", func() bool { return s.ask("GET", "/healthz", "").status == 200 })
+		if d := time.Since(healed); d > 2*time.Second {
+			t.Errorf("back after %v, want 2 s", d)
+		}
+		t.Logf("worst answer %v, back after %v", time.Duration(worst.Load()).Round(time.Millisecond), time.Since(healed).Round(time.Millisecond))
+		if lost {
+			s.want(401, id)
+		} else {
+			s.want(200, id)
+		}
+		s.want(200, s.signIn(email))
+		s.register(newEmail())
+		r.wantEnds(t)
+	}
+	for name, f := range faults {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := ownRedis(t)
+			p := startProxy(t, "127.0.0.1:"+r.port)
+			test(t, r, p.url(), func() { p.set(f) }, func() { p.set(nil) }, false)
+		})
+	}
+	t.Run("killed", func(t *testing.T) {
+		t.Parallel()
+		r := ownRedis(t)
+		test(t, r, r.url(), r.kill, func() { r.launch(t) }, true)
+	})
+	t.Run("killed, and back with its data", func(t *testing.T) {
+		t.Parallel()
+		r := ownRedis(t, "--appendonly", "yes", "--appendfsync", "always")
+		test(t, r, r.url(), r.kill, func() { r.launch(t) }, false)
+	})
+	t.Run("frozen", func(t *testing.T) {
+		t.Parallel()
+		r := ownRedis(t)
+		test(t, r, r.url(), func() { r.signal(t, "STOP") }, func() { r.signal(t, "CONT") }, false)
+	})
+}
+
+// unavailable checks that every endpoint that needs the store says so, in time, and clears no cookie.
+func (s *service) unavailable(id, email string) {
+	s.Helper()
+	other := newUUID() // what is not answered may yet have been done
+	for _, tt := range []struct{ method, path, body, id string }{
+		{"GET", "/user", "", id}, {"DELETE", "/user/session", "", other}, {"GET", "/healthz", "", ""},
+		{"POST", "/user/signin", credentials(email, password), other}, {"POST", "/user", credentials(newEmail(), password), other},
+	} {
+		begin := time.Now()
+		a := s.ask(tt.method, tt.path, tt.body, cookie(tt.id)) // no 503 sets a cookie: see check
+		if d := time.Since(begin); a.status != 503 || d > 3*time.Second {
+			s.Errorf("%s %s: status %d after %v, want 503 within 3 s: %s", tt.method, tt.path, a.status, d, a.body)
+		}
+	}
+	if a := s.ask("GET", "/user", ""); a.status != 401 {
+		s.Errorf("GET /user without a cookie: status %d, want 401", a.status)
+	}
+}
+
+// wantEnds checks that no session can stay for ever.
+func (r *redisServer) wantEnds(t testing.TB) {
+	t.Helper()
+	keys, err := redis.Strings(redisDo(t, r.url(), "KEYS", "session:*"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range keys {
+		if ttl := redisDo(t, r.url(), "TTL", key).(int64); ttl < 0 && ttl != -2 {
+			t.Errorf("%s has no end", key)
+		}
+	}
+}
+
+func TestStartsWithoutItsRedis(t *testing.T) {
+	t.Parallel()
+	r := ownRedis(t)
+	r.kill()
+	s := start(t, "REDIS_URL="+r.url())
+	s.faulty = true
+	email := newEmail()
+	s.addAccount(email, bcrypt.MinCost)
+	s.log.find(t, "session store out of reach, answering 503 until it is back")
+	s.unavailable(newUUID(), email)
+	r.launch(t)
+	begin := time.Now()
+	eventually(t, 2*time.Second, "the service is back", func() bool { return s.ask("GET", "/healthz", "").status == 200 })
+	t.Logf("back after %v", time.Since(begin))
+	s.want(200, s.signIn(email))
+	s.log.find(t, "store out of reach")
+}
+
+func TestRedisWithTheWrongPassword(t *testing.T) {
+	t.Parallel()
+	r := ownRedis(t, "--requirepass", "right")
+	for _, url := range []string{r.url(), "redis://:wrong@127.0.0.1:" + r.port} {
+		s := start(t, "REDIS_URL="+url)
+		s.faulty = true
+		s.secret("wrong@")
+		email := newEmail()
+		s.addAccount(email, bcrypt.MinCost)
+		s.unavailable(newUUID(), email)
+	}
+}
+
+func TestConnectionsThatDiedIdleAreNotNoticed(t *testing.T) {
+	t.Parallel()
+	r := ownRedis(t)
+	p := startProxy(t, "127.0.0.1:"+r.port)
+	s := start(t, "REDIS_URL="+p.url())
+	_, id := s.register(newEmail())
+	for range 20 {
+		s.want(200, id)
+		p.cut()
+		s.want(200, id)
+		p.cut()
+		if a := s.ask("GET", "/healthz", ""); a.status != 200 {
+			t.Errorf("GET /healthz: status %d", a.status)
+		}
+	}
+}
+
+func TestRepliesByteByByte(t *testing.T) {
+	t.Parallel()
+	r := ownRedis(t)
+	l := startProxy(t, "127.0.0.1:"+r.port)
+	s := start(t, "REDIS_URL="+l.url())
+	user, id := s.register(newEmail())
+	l.set(func(reply []byte) ([]byte, error) {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		for c := range l.conns { // one connection at a time is in use here
+			for _, b := range reply {
+				c.Write([]byte{b})
+			}
+		}
+		return nil, nil
+	})
+	for range 3 {
+		if a := s.want(200, id); a.body != userJSON(user) {
+			t.Errorf("got %s", a.body)
+		}
+	}
+}
+
+func TestRedisThatRefuses(t *testing.T) {
+	t.Parallel()
+	// begin starts the service with an account and an open session.
+	begin := func(t *testing.T, url string) (s *service, email, id string) {
+		s = start(t, "REDIS_URL="+url)
+		s.faulty = true
+		email = newEmail()
+		s.addAccount(email, bcrypt.MinCost)
+		return s, email, s.signIn(email)
+	}
+	refused := func(s *service, email string) {
+		s.Helper()
+		if a := s.ask("POST", "/user/signin", credentials(email, password)); a.status != 503 {
+			s.Errorf("POST /user/signin: status %d, want 503", a.status)
+		}
+		if a := s.ask("POST", "/user", credentials(newEmail(), password)); a.status != 503 || s.count(`SELECT count(*) FROM users`) != 1 {
+			s.Errorf("POST /user: status %d, want 503 and no account left behind", a.status)
+		}
+	}
+	t.Run("full", func(t *testing.T) {
+		r := ownRedis(t)
+		s, email, id := begin(t, r.url())
+		redisDo(t, r.url(), "CONFIG", "SET", "maxmemory", "1")
+		refused(s, email)
+		together(64, func(int) { s.want(200, id) })
+		if a := s.ask("DELETE", "/user/session", "", cookie(id)); a.status != 204 {
+			t.Errorf("DELETE /user/session: status %d, want 204", a.status)
+		}
+		s.want(401, id)
+		redisDo(t, r.url(), "CONFIG", "SET", "maxmemory", "0")
+		s.want(200, s.signIn(email))
+		r.wantEnds(t)
+	})
+	t.Run("a replica", func(t *testing.T) {
+		r, primary := ownRedis(t), ownRedis(t)
+		s, email, id := begin(t, r.url())
+		redisDo(t, primary.url(), "RESTORE", "session:"+id, 600_000, redisDo(t, r.url(), "DUMP", "session:"+id))
+		redisDo(t, r.url(), "REPLICAOF", "127.0.0.1", primary.port)
+		eventually(t, 10*time.Second, "the replica is in step", func() bool {
+			info, _ := redis.String(redisDo(t, r.url(), "INFO", "replication"), nil)
+			return strings.Contains(info, "master_link_status:up")
+		})
+		refused(s, email)
+		s.want(200, id)
+		if a := s.ask("DELETE", "/user/session", "", cookie(id)); a.status != 503 {
+			t.Errorf("DELETE /user/session: status %d, want 503", a.status)
+		}
+		s.want(200, id)
+		redisDo(t, r.url(), "REPLICAOF", "NO", "ONE")
+		s.want(200, s.signIn(email))
+	})
+	for command, reads := range map[string]int{"hset": 200, "expire": 200, "multi": 200, "ping": 503, "hgetall": 503} {
+		t.Run("no "+command, func(t *testing.T) {
+			r := ownRedis(t)
+			s, email, id := begin(t, r.url())
+			redisDo(t, r.url(), "ACL", "SETUSER", "default", "-"+command)
+			together(10, func(int) { s.want(reads, id) })
+			if command != "hgetall" {
+				refused(s, email)
+			}
+			redisDo(t, r.url(), "ACL", "SETUSER", "default", "+"+command)
+			s.want(200, id)
+			s.want(200, s.signIn(email))
+			r.wantEnds(t)
+		})
+	}
+	t.Run("loading", func(t *testing.T) {
+		r := ownRedis(t)
+		s, email, id := begin(t, r.url())
+		for i := range 300 {
+			redisDo(t, r.url(), "SET", "filler:"+strconv.Itoa(i), newUUID()+newUUID()+newUUID(), "EX", 600)
+		}
+		redisDo(t, r.url(), "SAVE")
+		r.kill()
+		r.args = []string{"--key-load-delay", "10000", "--loading-process-events-interval-bytes", "1024"}
+		r.launch(t)
+		refused(s, email)
+		s.want(503, id)
+		eventually(t, 10*time.Second, "Redis has loaded", func() bool { return s.ask("GET", "/healthz", "").status == 200 })
+		s.want(200, id)
+		s.want(200, s.signIn(email))
+	})
+}
+
+func TestNoAnswerCarriesAnothersSession(t *testing.T) {
+	t.Parallel()
+	total := rounds(6_000, 100_000)
+	stale := struct { // a reply of an earlier exchange, which may be inserted into a later one
+		sync.Mutex
+		reply []byte
+	}{}
+	one := func(n int) bool { return rand.N(n) == 0 }
+	for name, f := range map[string]func(p *proxy) fault{
+		"cut at random": func(*proxy) fault {
+			return func(reply []byte) ([]byte, error) {
+				if one(200) {
+					return reply[:rand.N(len(reply))], errors.New("cut")
+				}
+				return reply, nil
+			}
+		},
+		"dropped": func(*proxy) fault {
+			return func(reply []byte) ([]byte, error) {
+				if one(1000) {
+					return nil, nil
+				}
+				return reply, nil
+			}
+		},
+		"repeated": func(*proxy) fault {
+			return func(reply []byte) ([]byte, error) {
+				if one(20) {
+					return append(slices.Clone(reply), reply...), nil
+				}
+				return reply, nil
+			}
+		},
+		"inserted": func(*proxy) fault {
+			return func(reply []byte) ([]byte, error) {
+				stale.Lock()
+				defer stale.Unlock()
+				old := stale.reply
+				if reply[0] == '*' {
+					stale.reply = slices.Clone(reply)
+				}
+				if one(20) {
+					return append(slices.Clone(old), reply...), nil
+				}
+				return reply, nil
+			}
+		},
+		"inserted for another that is dropped": func(*proxy) fault {
+			return func(reply []byte) ([]byte, error) {
+				stale.Lock()
+				defer stale.Unlock()
+				if old := stale.reply; reply[0] == '*' && bytes.HasPrefix(reply[2:], []byte{'\r'}) == false && len(old) > 0 && one(20) {
+					return old, nil
+				}
+				if reply[0] == '*' {
+					stale.reply = slices.Clone(reply)
+				}
+				return reply, nil
+			}
+		},
+		"swapped": func(*proxy) fault {
+			var mu sync.Mutex
+			var held []byte
+			return func(reply []byte) ([]byte, error) {
+				mu.Lock()
+				defer mu.Unlock()
+				if held != nil {
+					both := append(slices.Clone(reply), held...)
+					held = nil
+					return both, nil
+				}
+				if one(500) {
+					held = slices.Clone(reply)
+					return nil, nil
+				}
+				return reply, nil
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := ownRedis(t)
+			p := startProxy(t, "127.0.0.1:"+r.port)
+			s := start(t, "REDIS_URL="+p.url())
+			s.faulty = true
+			const sessions = 200
+			store := openRedisSessions(t, r.url())
+			ids, users := make([]string, sessions), make([]User, sessions)
+			for i := range sessions {
+				ids[i], users[i] = newUUID(), testUser(i)
+				if err := store.Create(t.Context(), ids[i], "", users[i], time.Hour); err != nil {
+					t.Fatal(err)
+				}
+			}
+			p.set(f(p))
+			var answers, right, away, left atomic.Int64
+			together(64, func(worker int) {
+				for answers.Add(1) <= int64(total) {
+					i := rand.N(sessions)
+					ctx, cancel := context.WithCancel(t.Context())
+					if one(20) { // a client that hangs up
+						time.AfterFunc(time.Duration(rand.N(1000))*time.Microsecond, cancel)
+					}
+					req, _ := http.NewRequestWithContext(ctx, "GET", s.url+"/user", nil)
+					req.Header.Set("Cookie", cookieName+"="+ids[i])
+					resp, err := s.client.Do(req)
+					if err != nil {
+						left.Add(1)
+						cancel()
+						continue
+					}
+					body, err := io.ReadAll(resp.Body)
+					resp.Body.Close()
+					cancel()
+					switch {
+					case err != nil:
+						left.Add(1)
+					case resp.StatusCode == 200 && string(body) == userJSON(users[i]):
+						right.Add(1)
+					case resp.StatusCode == 503:
+						away.Add(1)
+					default:
+						t.Errorf("status %d: %s, want %s", resp.StatusCode, body, userJSON(users[i]))
+					}
+				}
+			})
+			t.Logf("%d right, %d times 503, %d left", right.Load(), away.Load(), left.Load())
+			if right.Load() < int64(total/4) {
+				t.Errorf("only %d of %d answered", right.Load(), total)
+			}
+			s.truthful(r)
+			r.wantEnds(t)
+		})
+	}
+}
+
+// truthful signs in and out over a bad line, and checks each answer against what Redis really holds.
+func (s *service) truthful(r *redisServer) {
+	s.Helper()
+	email := newEmail()
+	s.addAccount(email, bcrypt.MinCost)
+	for range rounds(20, 300) {
+		a := s.ask("POST", "/user/signin", credentials(email, password))
+		if a.status == 503 {
+			continue
+		}
+		if a.status != 200 || a.cookie == nil {
+			s.Fatalf("POST /user/signin: status %d: %s", a.status, a.body)
+		}
+		id := a.cookie.Value
+		if redisDo(s, r.url(), "EXISTS", "session:"+id).(int64) != 1 {
+			s.Error("a cookie for a session that does not exist")
+		}
+		if a := s.ask("DELETE", "/user/session", "", cookie(id)); a.status == 204 {
+			if redisDo(s, r.url(), "EXISTS", "session:"+id).(int64) != 0 {
+				s.Error("signed out of a session that still exists")
+			}
+			for range 3 {
+				if a := s.ask("GET", "/user", "", cookie(id)); a.status != 401 && a.status != 503 {
+					s.Errorf("a session is back after its end: status %d: %s", a.status, a.body)
+				}
+			}
+		} else if a.status != 503 {
+			s.Errorf("DELETE /user/session: status %d", a.status)
+		}
+	}
+}
+
+func TestACrashLosesNothingThatWasAnswered(t *testing.T) {
+	each(t, func(t *testing.T, backend string) {
+		path := filepath.Join(t.TempDir(), "users.db")
+		type kept struct{ email, id string }
+		var mu sync.Mutex
+		var all []kept
+		registered, signedIn := 0, 0
+		for range rounds(3, 50) {
+			s := startProcess(t, backend, "DB_PATH="+path)
+			deadline := time.Now().Add(time.Duration(200+rand.N(600)) * time.Millisecond)
+			killed := make(chan struct{})
+			time.AfterFunc(time.Until(deadline), func() { s.faulty = true; s.cmd.Process.Kill(); close(killed) })
+			together(8, func(int) {
+				for {
+					email := newEmail()
+					a, err := s.send("POST", "/user", credentials(email, password))
+					if err != nil {
+						return
+					}
+					if a.status == 201 {
+						mu.Lock()
+						all = append(all, kept{email, a.cookie.Value})
+						registered++
+						mu.Unlock()
+					}
+					a, err = s.send("POST", "/user/signin", credentials(email, password))
+					if err != nil {
+						return
+					}
+					if a.status == 200 {
+						mu.Lock()
+						all = append(all, kept{email, a.cookie.Value})
+						signedIn++
+						mu.Unlock()
+					}
+				}
+			})
+			<-killed
+			s.stop()
+		}
+		s := startProcess(t, backend, "DB_PATH="+path)
+		for _, k := range all {
+			if a := s.want(200, k.id); !strings.Contains(a.body, k.email) {
+				t.Errorf("the session of %s is %s", k.email, a.body)
+			}
+			if s.count(`SELECT count(*) FROM users WHERE email = ?`, k.email) != 1 {
+				t.Errorf("the account of %s is lost", k.email)
+			}
+		}
+		s.register(newEmail())
+		db := openSQL(t, path)
+		defer db.Close()
+		var verdict string
+		if err := db.QueryRow(`PRAGMA integrity_check`).Scan(&verdict); err != nil || verdict != "ok" {
+			t.Errorf("integrity_check: %s, %v", verdict, err)
+		}
+		t.Logf("%d registrations and %d sign-ins held", registered, signedIn)
+	})
+}
+
+func TestSQLiteInTrouble(t *testing.T) {
+	t.Parallel()
+	url := redisURL(t)
+	t.Run("locked by another process", func(t *testing.T) {
+		s := start(t, "REDIS_URL="+url)
+		s.faulty = true
+		email := newEmail()
+		s.addAccount(email, 10)
+		id := s.signIn(email)
+		db := openSQL(t, s.dbPath)
+		defer db.Close()
+		db.SetMaxOpenConns(1)
+		if _, err := db.Exec(`BEGIN IMMEDIATE`); err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		if a := s.ask("POST", "/user", credentials(newEmail(), password)); a.status != 503 || time.Since(begin) > 3*time.Second {
+			t.Errorf("POST /user: status %d after %v, want 503 within 3 s", a.status, time.Since(begin))
+		}
+		s.want(200, id)
+		s.signIn(email) // reads, and writes to Redis only
+		if _, err := db.Exec(`ROLLBACK`); err != nil {
+			t.Fatal(err)
+		}
+		s.register(newEmail())
+	})
+	t.Run("disk full", func(t *testing.T) {
+		s := startProcess(t, "REDIS_URL="+url, limitEnv+"=ulimit -f 400") // blocks of 512 or 1,024 bytes
+		s.faulty = true
+		_, id := s.register(newEmail())
+		var last *reply
+		for i := 0; i < 100; i++ {
+			if last = s.ask("POST", "/user", credentials(newEmail(), password)); last.status != 201 {
+				break
+			}
+		}
+		if last.status != 503 {
+			t.Errorf("POST /user: status %d, want 503", last.status)
+		}
+		s.want(200, id)
+		accounts := s.count(`SELECT count(*) FROM users`)
+		path := s.dbPath
+		s.stop()
+		s = startProcess(t, "REDIS_URL="+url, "DB_PATH="+path)
+		s.register(newEmail())
+		if n := s.count(`SELECT count(*) FROM users`); n != accounts+1 {
+			t.Errorf("%d accounts, want %d", n, accounts+1)
+		}
+	})
+	t.Run("a file that is no database", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "users.db")
+		os.WriteFile(path, bytes.Repeat([]byte("no database "), 1000), 0o600)
+		var stderr strings.Builder
+		env := environment(t, []string{"DB_PATH=" + path})
+		code := run(t.Context(), nil, func(name string) string { return env[name] }, io.Discard, &stderr)
+		if code != 1 || !strings.Contains(stderr.String(), "not a database") || !strings.Contains(stderr.String(), path) {
+			t.Errorf("exit status %d: %s", code, &stderr)
+		}
+	})
+}
+
+func TestClientsThatMisbehave(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	_, id := s.register(newEmail())
+	addr := strings.TrimPrefix(s.url, "http://")
+	dial := func(t *testing.T) net.Conn {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		return c
+	}
+	t.Run("slow", func(t *testing.T) {
+		for name, tt := range map[string]struct {
+			sent    string
+			atMost  time.Duration
+			atLeast time.Duration
+			answer  string
+		}{
+			"headers": {"GET /user HTTP/1.1\r\nHost: x\r\nX-A:", 7 * time.Second, 4 * time.Second, ""},
+			"body":    {"POST /user HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{", 12 * time.Second, 9 * time.Second, "HTTP/1.1 400"},
+		} {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				c := dial(t)
+				begin := time.Now()
+				io.WriteString(c, tt.sent)
+				ended := make(chan struct{})
+				go func() { // one byte a second
+					for {
+						select {
+						case <-ended:
+							return
+						case <-time.After(time.Second):
+							io.WriteString(c, "x")
+						}
+					}
+				}()
+				c.SetReadDeadline(time.Now().Add(20 * time.Second))
+				text, _ := io.ReadAll(c)
+				close(ended)
+				if d := time.Since(begin); d < tt.atLeast || d > tt.atMost || !strings.HasPrefix(string(text), tt.answer) {
+					t.Errorf("cut after %v with %q", d, text)
+				}
+			})
+		}
+	})
+	t.Run("2,000 idle connections", func(t *testing.T) {
+		for range 2000 {
+			dial(t)
+		}
+		s.want(200, id)
+	})
+	t.Run("what is no request, or two", func(t *testing.T) {
+		for _, tt := range []struct {
+			text     string
+			statuses []int
+		}{
+			{"GET /user HTTP/1.1\r\n\r\n", []int{400}},
+			{"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", []int{400}},
+			{"GET /user HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 64<<10) + "\r\n\r\n", []int{431}},
+			{"GET /user HTTP/1.1\r\nHost: x\r\nCookie: session-id=" + strings.Repeat("a", 8<<10) + "\r\n\r\n", []int{401}},
+			{"POST /user HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\n{}  x", []int{400}},
+			{"POST /user HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", []int{400, 501}},
+			{"POST /user HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", []int{400, 501}},
+			{"GET /user HTTP/1.1\r\nHost: x\r\nCookie: session-id=\x00\xff\r\n\r\n", []int{400, 401}},
+			{"GET /user HTTP/1.1\r\nHost : x\r\n\r\n", []int{400}},
+		} {
+			if status, _, _ := s.raw(tt.text); !slices.Contains(tt.statuses, status) {
+				t.Errorf("%.70q: status %d, want %v", tt.text, status, tt.statuses)
+			}
+		}
+		s.want(200, id)
+	})
+	t.Run("gone at every stage", func(t *testing.T) {
+		request := "POST /user HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n" + credentials(newEmail(), password)
+		for n := 0; n <= len(request); n += 7 {
+			c := dial(t)
+			io.WriteString(c, request[:n])
+			c.Close()
+		}
+		together(20, func(int) {
+			c, err := net.Dial("tcp", addr)
+			if err != nil {
+				return
+			}
+			body := credentials(newEmail(), password)
+			fmt.Fprintf(c, "POST /user HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+			c.Close()
+		})
+		s.want(200, id)
+		s.register(newEmail())
+	})
+	t.Run("one that does not read", func(t *testing.T) {
+		c := dial(t)
+		for range 20_000 { // pipelined, until the buffers are full
+			c.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
+			if _, err := io.WriteString(c, "GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+				break
+			}
+		}
+		s.want(200, id)
+	})
+}
+
+const limitEnv = "TEST_LIMIT" // a shell command that limits the process
+
+func TestMoreConnectionsThanFileDescriptors(t *testing.T) {
+	t.Parallel()
+	s := startProcess(t, limitEnv+"=ulimit -n 60")
+	s.faulty = true
+	_, id := s.register(newEmail())
+	var conns []net.Conn
+	for range 200 {
+		c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, c)
+	}
+	s.want(200, id) // on the connection it had
+	for _, c := range conns {
+		c.Close()
+	}
+	s.client.CloseIdleConnections()
+	s.want(200, id)
+	s.register(newEmail())
+}
+
+func TestGuessing(t *testing.T) {
+	t.Parallel()
+	s := start(t, "DEBUG_ADDR=127.0.0.1:0", "TRUSTED_PROXIES=127.0.0.0/8")
+	email := newEmail()
+	s.addAccount(email, bcrypt.MinCost)
+	open := s.signIn(email)
+	tries := rounds(300, 10_000)
+	guess := func(from func(i int) string) (refused, throttled int64) {
+		var next, r, th atomic.Int64
+		together(8, func(int) {
+			for i := next.Add(1); i <= int64(tries); i = next.Add(1) {
+				switch a := s.ask("POST", "/user/signin", credentials(email, "guess"+strconv.Itoa(int(i))), "X-Forwarded-For: "+from(int(i))); a.status {
+				case 401:
+					r.Add(1)
+				case 429:
+					th.Add(1)
+				default:
+					t.Errorf("status %d: %s", a.status, a.body)
+				}
+			}
+		})
+		return r.Load(), th.Load()
+	}
+	begin := time.Now()
+	rounds := s.metric("bcryptRounds")
+	one, _ := guess(func(int) string { return "192.0.2.1" })
+	minutes := int64(time.Since(begin)/time.Minute) + 1
+	if one < 10 || one > 10+minutes {
+		t.Errorf("from one address: %d of %d guesses were tried, want 10 and one a minute", one, tries)
+	}
+	many, throttled := guess(func(i int) string { return fmt.Sprintf("198.51.%d.%d", i>>8, i&255) })
+	minutes = int64(time.Since(begin)/time.Minute) + 1
+	if many < 85 || many > 100+10*minutes {
+		t.Errorf("from everywhere: %d of %d guesses were tried, want 100 and ten a minute", many, tries)
+	}
+	if spent, want := s.metric("bcryptRounds")-rounds, float64(one+many)*1024; spent != want {
+		t.Errorf("%v rounds of bcrypt were spent, want %v: a refused try costs none", spent, want)
+	}
+	s.want(200, open)
+	t.Logf("one address: %d tried; everywhere: %d tried, %d refused", one, many, throttled)
+}
+
+func TestTwoInstancesOnOneRedis(t *testing.T) {
+	t.Parallel()
+	url := redisURL(t)
+	a, b := start(t, "REDIS_URL="+url), start(t, "REDIS_URL="+url)
+	user, id := a.register(newEmail())
+	if got := b.want(200, id); got.body != userJSON(user) {
+		t.Errorf("the other one answers %s", got.body)
+	}
+	b.ask("DELETE", "/user/session", "", cookie(id))
+	a.want(401, id)
+}
+
+func TestRollingOutLosesNoRequest(t *testing.T) {
+	t.Parallel()
+	for range rounds(2, 20) {
+		s := startProcess(t, "REDIS_URL="+redisURL(t))
+		_, id := s.register(newEmail())
+		var answered, lost atomic.Int64
+		var ready sync.WaitGroup
+		ready.Add(32)
+		go func() {
+			ready.Wait()
+			s.stop()
+		}()
+		together(32, func(int) {
+			client := newClient() // with a connection of its own
+			for i := 0; ; i++ {
+				req, _ := http.NewRequest("GET", s.url+"/user", nil)
+				req.Header.Set("Cookie", cookieName+"="+id)
+				resp, err := client.Do(req)
+				if i == 20 {
+					ready.Done()
+				}
+				if err != nil {
+					lost.Add(1) // a connection answered its last request with Connection: close, so this is a new one
+					return
+				}
+				io.Copy(io.Discard, resp.Body)
+				resp.Body.Close()
+				if answered.Add(1); resp.StatusCode != 200 {
+					t.Errorf("status %d", resp.StatusCode)
+				}
+				if resp.Close {
+					return
+				}
+			}
+		})
+		if lost.Load() > 0 {
+			t.Errorf("%d requests on open connections were lost, %d answered", lost.Load(), answered.Load())
+		}
+		s.stop()
 	}
 }
