@@ -149,7 +149,7 @@ func tuneRuntime(getenv func(string) string) (bcryptSlots int) {
 	}
 	bcryptSlots = runtime.GOMAXPROCS(0)
 	if getenv("GOMAXPROCS") == "" {
-		runtime.GOMAXPROCS(2 * bcryptSlots)
+		runtime.GOMAXPROCS(3 * bcryptSlots)
 	}
 	return bcryptSlots
 }

@@ -8,8 +8,13 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	crand "crypto/rand"
+	"crypto/x509"
 	"database/sql"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"expvar"
 	"flag"
@@ -17,6 +22,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"math/big"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -34,6 +40,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode/utf8"
 
 	"github.com/gomodule/redigo/redis"
 	"golang.org/x/crypto/bcrypt"
@@ -42,11 +49,13 @@ import (
 // ---------------------------------------------------------------------------------------------------
 // Harness: finding Redis, running the service, asking it.
 
-const runMainEnv = "SESSION_STORAGE_TEST_RUNS_MAIN" // set: the test binary is the service
+const runMainEnv = "SESSION_STORAGE_TEST_RUNS_MAIN" // set: the test binary is a server, the program's or another
 
 func TestMain(m *testing.M) {
-	if os.Getenv(runMainEnv) != "" {
+	if variant := os.Getenv(runMainEnv); variant == "main" {
 		main()
+	} else if variant != "" {
+		runVariant(variant)
 	}
 	lastPort.Store(rand.Uint32N(20_000))
 	flag.Parse()
@@ -341,6 +350,11 @@ func newClient() *http.Client {
 // startProcess runs the program as a process of its own, so that it can be killed.
 func startProcess(t testing.TB, vars ...string) *service {
 	t.Helper()
+	return startVariant(t, "main", vars...)
+}
+
+func startVariant(t testing.TB, variant string, vars ...string) *service {
+	t.Helper()
 	env := environment(t, vars)
 	delete(env, "GOMAXPROCS")
 	delete(env, "GOGC")
@@ -349,7 +363,7 @@ func startProcess(t testing.TB, vars ...string) *service {
 	if limit := env[limitEnv]; limit != "" {
 		s.cmd = exec.Command("sh", "-c", limit+`; exec "$0"`, os.Args[0])
 	}
-	s.cmd.Env = append(os.Environ(), runMainEnv+"=1")
+	s.cmd.Env = append(os.Environ(), runMainEnv+"="+variant)
 	for name, value := range env {
 		s.cmd.Env = append(s.cmd.Env, name+"="+value)
 	}
@@ -362,6 +376,10 @@ func startProcess(t testing.TB, vars ...string) *service {
 	s.stop = sync.OnceFunc(func() {
 		s.client.CloseIdleConnections()
 		s.cmd.Process.Signal(os.Interrupt)
+		if variant != "main" {
+			s.cmd.Process.Kill()
+			s.faulty = true
+		}
 		if err := <-exited; err != nil && !s.faulty {
 			t.Errorf("exit: %v\n%s", err, s.log)
 		}
@@ -1994,7 +2012,7 @@ func (p *proxy) serve(client net.Conn, target string) {
 	}
 }
 
-// delayed passes bytes on, each after d, on the way to target and back.
+// delayed passes bytes on to target at once, and back after d.
 func delayed(t testing.TB, target string, d time.Duration) (addr string) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -2015,7 +2033,7 @@ func delayed(t testing.TB, target string, d time.Duration) (addr string) {
 				buf := make([]byte, 64<<10)
 				n, err := from.Read(buf)
 				if n > 0 {
-					chunks <- chunk{time.Now().Add(d / 2), buf[:n]}
+					chunks <- chunk{time.Now().Add(d), buf[:n]}
 				}
 				if err != nil {
 					return
@@ -2038,7 +2056,10 @@ func delayed(t testing.TB, target string, d time.Duration) (addr string) {
 				client.Close()
 				continue
 			}
-			go pass(server, client)
+			go func() {
+				defer server.Close()
+				io.Copy(server, client)
+			}()
 			go pass(client, server)
 		}
 	}()
@@ -2860,4 +2881,555 @@ func TestRollingOutLosesNoRequest(t *testing.T) {
 		}
 		s.stop()
 	}
+}
+
+func TestSentinelsNameThePrimary(t *testing.T) {
+	t.Parallel()
+	primary, replica := ownRedis(t), ownRedis(t)
+	redisDo(t, replica.url(), "REPLICAOF", "127.0.0.1", primary.port)
+	var addrs []string
+	for range 3 {
+		port, dir := freePort(t), t.TempDir()
+		conf := filepath.Join(dir, "sentinel.conf")
+		text := fmt.Sprintf("port %s\nbind 127.0.0.1\ndir %s\nsentinel monitor accounts 127.0.0.1 %s 2\n"+
+			"sentinel down-after-milliseconds accounts 500\nsentinel failover-timeout accounts 3000\n", port, dir, primary.port)
+		if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		sentinel := launchRedis(t, dir, port, "--sentinel", conf)
+		t.Cleanup(sentinel.kill)
+		addrs = append(addrs, "127.0.0.1:"+port)
+	}
+	sentinel := "redis://" + addrs[0]
+	for _, addr := range addrs {
+		eventually(t, 20*time.Second, "the sentinels know each other and the replica", func() bool {
+			info, _ := redis.String(redisDo(t, "redis://"+addr, "INFO", "sentinel"), nil)
+			return strings.Contains(info, "slaves=1,sentinels=3")
+		})
+	}
+	s := start(t, "REDIS_URL=redis-sentinel://127.0.0.1:"+freePort(t)+","+strings.Join(addrs, ",")+"/accounts/0")
+	s.faulty = true
+	email := newEmail()
+	s.addAccount(email, bcrypt.MinCost)
+	ids := make([]string, 50)
+	for i := range ids {
+		ids[i] = s.signIn(email)
+	}
+	redisDo(t, primary.url(), "WAIT", 1, 5000)
+	primary.kill()
+	killed := time.Now()
+	var elected, back time.Duration
+	statuses := map[int]int{}
+	for back == 0 && time.Since(killed) < 30*time.Second {
+		a := s.ask("GET", "/user", "", cookie(ids[rand.N(len(ids))]))
+		statuses[a.status]++
+		if elected == 0 {
+			addr, _ := redis.Strings(redisDo(t, sentinel, "SENTINEL", "get-master-addr-by-name", "accounts"), nil)
+			if len(addr) == 2 && addr[1] == replica.port {
+				elected = time.Since(killed)
+			}
+		}
+		if elected > 0 && a.status == 200 {
+			back = time.Since(killed)
+		}
+	}
+	if len(statuses) != 2 || statuses[200] == 0 || statuses[503] == 0 {
+		t.Errorf("answers by status: %v, want 200 and 503 only", statuses)
+	}
+	if back == 0 || back-elected > 2*time.Second {
+		t.Errorf("elected after %v, back after %v, want 2 s later at most", elected, back)
+	}
+	for _, id := range ids {
+		s.want(200, id)
+	}
+	s.want(200, s.signIn(email))
+	t.Logf("elected after %v, back %v later; answers by status: %v", elected, back-elected, statuses)
+}
+
+func TestRedisOverTLSWithAPrivateCA(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	cert, key := certificate(t, dir)
+	tlsPort := freePort(t)
+	ownRedis(t, "--tls-port", tlsPort, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-auth-clients", "no")
+	s := startProcess(t, "REDIS_URL=rediss://localhost:"+tlsPort, "SSL_CERT_FILE="+cert)
+	_, id := s.register(newEmail())
+	s.want(200, id)
+	other := startProcess(t, "REDIS_URL=rediss://localhost:"+tlsPort) // does not know the CA
+	other.faulty = true
+	if a := other.ask("GET", "/user", "", cookie(id)); a.status != 503 {
+		t.Errorf("over a certificate that nobody vouches for: status %d, want 503", a.status)
+	}
+	if line := other.log.find(t, "store out of reach"); !strings.Contains(line["err"].(string), "certificate") {
+		t.Errorf("log line %v, want the cause", line)
+	}
+}
+
+// certificate makes a self-signed certificate for localhost.
+func certificate(t *testing.T, dir string) (certFile, keyFile string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"localhost"}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
+	cert, err := x509.CreateCertificate(crand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	for file, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: cert}, keyFile: {Type: "PRIVATE KEY", Bytes: private}} {
+		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return certFile, keyFile
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Fuzzing: what comes from outside, and what must hold of it whatever it is.
+
+func FuzzBody(f *testing.F) {
+	for _, body := range []string{
+		`{"name":"Ada","email":"ada@example.com","password":"correct horse"}`, `{"email":"a@b","password":null}`, `{}`, `null`, `[]`, `{"a":{"b":[1,2,{}]}}`,
+		`{"email":"Ada <a@b>","name":"\ud800","password":"\u0000"}`, `{"email":"a@b","email":"c@d"}`, "{\"name\":\"\xff\"}", `{"x":1e999}`, ``, `{"name":"x"} `,
+	} {
+		f.Add("application/json", body)
+	}
+	f.Add("application/json; charset=utf-8", `{"name":""}`)
+	f.Add("text/plain;", `{}`)
+	f.Fuzz(func(t *testing.T, contentType, body string) {
+		r, err := http.NewRequest("POST", "/user", strings.NewReader(body))
+		if err != nil {
+			t.Skip()
+		}
+		r.Header.Set("Content-Type", contentType)
+		form, err := readForm(&recorder{header: http.Header{}}, r, map[string]check{"name": checkName, "email": checkEmail, "password": checkPassword})
+		if p := new(problem); err != nil {
+			if !errors.As(err, &p) || p.Status < 400 || p.Status > 499 || form != nil {
+				t.Fatalf("%q: %v, %v", body, form, err)
+			}
+			return
+		}
+		name, email, password := form["name"], form["email"], form["password"]
+		if n := utf8.RuneCountInString(name); n < 1 || n > 100 || strings.TrimSpace(name) != name || strings.ContainsAny(name, "\r\n\x00") {
+			t.Errorf("name %q", name)
+		}
+		if email != strings.ToLower(email) || !strings.Contains(email, "@") || len(email) > 254 || strings.ContainsAny(email, "\r\n <>,\x00") && !strings.HasPrefix(email, `"`) {
+			t.Errorf("email %q", email)
+		}
+		if len(password) < 8 || len(password) > 72 || !utf8.ValidString(name+email+password) {
+			t.Errorf("password %q", password)
+		}
+		for range 2 { // what was accepted is accepted again, unchanged
+			if again := email; checkEmail(&again) != "" || again != email {
+				t.Errorf("email %q becomes %q", email, again)
+			}
+		}
+	})
+}
+
+func FuzzCookie(f *testing.F) {
+	id := newUUID()
+	for _, cookie := range []string{"session-id=" + id, `session-id="` + id + `"`, "a=b; session-id=" + id + "; c", "session-id=", "session-id=" + id[:35], "SESSION-ID=" + id,
+		"session-id=x; session-id=" + id, "session-id=00000000-0000-0000-0000-000000000000", strings.Repeat("a=b;", 1000), "session-id=\x00\xff"} {
+		f.Add(cookie)
+	}
+	form := regexp.MustCompile(`^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
+	f.Fuzz(func(t *testing.T, cookie string) {
+		id := sessionID(&http.Request{Header: http.Header{"Cookie": {cookie}}})
+		if id != "" && (!form.MatchString(id) || !strings.Contains(cookie, id)) {
+			t.Errorf("%q: session id %q", cookie, id)
+		}
+		if isUUID(cookie) != form.MatchString(cookie) {
+			t.Errorf("isUUID(%q) is %v", cookie, isUUID(cookie))
+		}
+	})
+}
+
+func FuzzSessionHash(f *testing.F) {
+	f.Add("id", "7", "createdAt", "2025-03-30T20:00:00.000Z", "updatedAt", "Sun Mar 30 2025 20:00:00 GMT+0000 (Coordinated Universal Time)")
+	f.Add("id", "", "createdAt", "0000-01-01T00:00:00+23:59", "updatedAt", "9999-12-31T23:59:59.999-23:59")
+	f.Add("name", "\xff", "updatedAt", "Invalid Date", "email", "1743364800000")
+	form := regexp.MustCompile(`^-?\d{4,5}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$`)
+	f.Fuzz(func(t *testing.T, k1, v1, k2, v2, k3, v3 string) {
+		var reply []any
+		for _, text := range []string{k1, v1, k2, v2, k3, v3} {
+			reply = append(reply, []byte(text))
+		}
+		user, err := userOfHash(reply)
+		if err != nil && (!errors.Is(err, errNoSession) || user != User{}) {
+			t.Errorf("%q: %v, %v", reply, user, err)
+		}
+		if err == nil && (user.ID == "" || !form.MatchString(user.CreatedAt) || !form.MatchString(user.UpdatedAt)) {
+			t.Errorf("%q: %+v", reply, user)
+		}
+	})
+}
+
+func FuzzForwardedFor(f *testing.F) {
+	for _, header := range []string{"", "192.0.2.1", "203.0.113.9, 10.0.0.1", "::1,fe80::1%eth0", ",,,", "10.0.0.1:80", "unknown", "[::1]", " 10.0.0.1 ,\t10.0.0.2", "::ffff:10.0.0.1"} {
+		f.Add(header, "10.0.0.1:1")
+		f.Add(header, "192.0.2.7:1")
+	}
+	s := &server{cfg: config{trustedProxies: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}}
+	f.Fuzz(func(t *testing.T, header, peer string) {
+		addr, err := netip.ParseAddrPort(peer)
+		if err != nil {
+			t.Skip()
+		}
+		got := s.clientAddr(&http.Request{RemoteAddr: peer, Header: http.Header{"X-Forwarded-For": {header}}})
+		if !got.IsValid() || got.Zone() != "" || got.Is4In6() {
+			t.Errorf("%q of %s: %v", header, peer, got)
+		}
+		if direct := addr.Addr().Unmap().WithZone(""); !s.cfg.trustedProxies[0].Contains(direct) && got != direct {
+			t.Errorf("%q of %s, which nobody trusts: %v", header, peer, got)
+		}
+	})
+}
+
+// answeringConn is a connection that answers with fixed bytes.
+type answeringConn struct {
+	net.Conn
+	answer io.Reader
+}
+
+func (c *answeringConn) Read(p []byte) (int, error)       { return c.answer.Read(p) }
+func (c *answeringConn) Write(p []byte) (int, error)      { return len(p), nil }
+func (c *answeringConn) SetReadDeadline(time.Time) error  { return nil }
+func (c *answeringConn) SetWriteDeadline(time.Time) error { return nil }
+func (c *answeringConn) Close() error                     { return nil }
+
+func FuzzReplies(f *testing.F) {
+	for _, text := range []string{"+OK\r\n+QUEUED\r\n*1\r\n$1\r\nx\r\n", "*-1\r\n$-1\r\n:1\r\n-ERR x\r\n", "$99999999999\r\n", "*99999999999\r\n",
+		strings.Repeat("*1\r\n", 1000), "*1000000\r\n*1000000\r\n*1000000\r\n", "$0\r\n\r\n", "$5\r\n*999\r\n", "\r\n", "$x\r\n"} {
+		f.Add([]byte(text))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		guarded := &guardedConn{Conn: &answeringConn{answer: bytes.NewReader(text)}}
+		c := redis.NewConn(guarded, 0, 0)
+		c.Send("PING")
+		c.Send("PING")
+		c.Do("")
+		if runtime.ReadMemStats(&after); after.TotalAlloc-before.TotalAlloc > 4*maxReplies+uint64(100*len(text)) {
+			t.Errorf("%q: %d MB", text, (after.TotalAlloc-before.TotalAlloc)>>20)
+		}
+	})
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Benchmarks. Each prints its ratio to a baseline that is measured in the same run, turn by turn. Servers
+// are processes of their own, so that the client shares nothing with them.
+
+// runVariant is what the test binary does as a process other than the program itself.
+func runVariant(variant string) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
+	log.Info("listening", "addr", listener.Addr().String())
+	switch variant {
+	case "bare":
+		body := []byte(os.Getenv("BODY"))
+		http.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Cache-Control", "no-store")
+			w.Header().Set("X-Content-Type-Options", "nosniff")
+			w.Header().Set("Content-Type", "application/json")
+			w.Write(body)
+		}))
+	case "pooled":
+		tuneRuntime(os.Getenv)
+		s := newServer(config{}, nil, newPooledSessions(os.Getenv("REDIS_URL")), newGate(1), new(expvar.Map), log)
+		serveHTTP(context.Background(), listener, s, log)
+	}
+}
+
+// pooledSessions is the usual way to read a session: a connection from a pool for each lookup.
+type pooledSessions struct {
+	mapSessions
+	pool *redis.Pool
+}
+
+func newPooledSessions(url string) *pooledSessions {
+	return &pooledSessions{pool: &redis.Pool{MaxIdle: 64, MaxActive: 64, Wait: true, Dial: func() (redis.Conn, error) { return redis.DialURL(url) }}}
+}
+
+func (s *pooledSessions) Get(_ context.Context, id string) (User, error) {
+	c := s.pool.Get()
+	defer c.Close()
+	reply, err := c.Do("HGETALL", sessionKey(id))
+	if err != nil {
+		return User{}, unavailable(err)
+	}
+	return userOfHash(reply)
+}
+
+// target is a server and the bytes of a request for it.
+type target struct {
+	conns   []net.Conn
+	request []byte
+	length  int // of an answer
+}
+
+// newTarget connects n times. Every answer must be a 200 as long as the first one.
+func newTarget(b *testing.B, n int, url, id string) *target {
+	b.Helper()
+	addr := strings.TrimPrefix(url, "http://")
+	tg := &target{request: []byte("GET /user HTTP/1.1\r\nHost: " + addr + "\r\nCookie: session-id=" + id + "\r\n\r\n")}
+	for range n {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() { c.Close() })
+		tg.conns = append(tg.conns, c)
+	}
+	tg.conns[0].Write(tg.request)
+	var seen bytes.Buffer
+	resp, err := http.ReadResponse(bufio.NewReaderSize(io.TeeReader(tg.conns[0], &seen), 16), nil)
+	if err != nil || resp.StatusCode != 200 {
+		b.Fatalf("GET /user: %v, %v", resp, err)
+	}
+	body, _ := io.ReadAll(resp.Body)
+	tg.length = seen.Len()
+	if len(body) == 0 || !bytes.HasSuffix(seen.Bytes(), body) {
+		b.Fatalf("an answer of %d bytes: %q", tg.length, seen.String())
+	}
+	return tg
+}
+
+// load sends n requests over all connections and returns how long it took, and each request.
+func (tg *target) load(b *testing.B, n int) (time.Duration, []time.Duration) {
+	b.Helper()
+	latencies := make([][]time.Duration, len(tg.conns))
+	var left atomic.Int64
+	left.Store(int64(n))
+	begin := time.Now()
+	together(len(tg.conns), func(i int) {
+		answer := make([]byte, tg.length)
+		for left.Add(-1) >= 0 {
+			sent := time.Now()
+			tg.conns[i].Write(tg.request)
+			if _, err := io.ReadFull(tg.conns[i], answer); err != nil || !bytes.HasPrefix(answer, []byte("HTTP/1.1 200")) {
+				b.Errorf("GET /user: %q, %v", answer, err)
+				return
+			}
+			latencies[i] = append(latencies[i], time.Since(sent))
+		}
+	})
+	took := time.Since(begin)
+	all := slices.Concat(latencies...)
+	slices.Sort(all)
+	return took, all
+}
+
+func quantile[T any](sorted []T, q float64) T { return sorted[int(q*float64(len(sorted)-1))] }
+
+func median(values []float64) float64 { slices.Sort(values); return quantile(values, 0.5) }
+
+// compare loads subject and baseline in turns and reports medians: requests a second, their ratio, and the
+// ratio of the median latencies.
+func compare(b *testing.B, subject, baseline *target, name string) {
+	const turn = 5000
+	var rates, ratios, latencies []float64
+	b.ResetTimer()
+	for done := 0; done < b.N; done += turn {
+		n := min(turn, b.N-done)
+		base, baseAll := baseline.load(b, n)
+		took, all := subject.load(b, n)
+		rates = append(rates, float64(n)/took.Seconds())
+		ratios = append(ratios, base.Seconds()/took.Seconds())
+		latencies = append(latencies, float64(quantile(all, 0.5))/float64(max(1, quantile(baseAll, 0.5))))
+	}
+	b.ReportMetric(median(rates), "req/s")
+	b.ReportMetric(median(ratios), "rate/"+name)
+	b.ReportMetric(median(latencies), "p50/"+name)
+}
+
+// processor returns the CPU time that a process has used, 0 where the system does not say.
+func processor(pid int) time.Duration {
+	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, text, _ = bytes.Cut(text, []byte(") "))
+	fields := strings.Fields(string(text))
+	if len(fields) < 13 {
+		return 0
+	}
+	user, _ := strconv.Atoi(fields[11])
+	system, _ := strconv.Atoi(fields[12])
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
+
+func BenchmarkUser(b *testing.B) {
+	const clients = 64
+	bare := func(b *testing.B, s *service, id string) *target {
+		return newTarget(b, clients, startVariant(b, "bare", "BODY="+s.want(200, id).body).url, id)
+	}
+	b.Run("redis", func(b *testing.B) {
+		r := ownRedis(b)
+		s := startProcess(b, "REDIS_URL="+r.url())
+		_, id := s.register(newEmail())
+		before := processor(r.cmd.Process.Pid)
+		compare(b, newTarget(b, clients, s.url, id), bare(b, s, id), "bare")
+		b.ReportMetric(float64((processor(r.cmd.Process.Pid)-before).Microseconds())/float64(b.N), "redis-µs/req")
+	})
+	b.Run("redis+1ms", func(b *testing.B) {
+		url := "redis://" + delayed(b, strings.TrimPrefix(redisURL(b), "redis://"), time.Millisecond)
+		s := startProcess(b, "REDIS_URL="+url)
+		_, id := s.register(newEmail())
+		compare(b, newTarget(b, clients, s.url, id), newTarget(b, clients, startVariant(b, "pooled", "REDIS_URL="+url).url, id), "pooled")
+	})
+	b.Run("pooled", func(b *testing.B) { // what batching is worth
+		s := startProcess(b, "REDIS_URL="+redisURL(b))
+		_, id := s.register(newEmail())
+		compare(b, newTarget(b, clients, s.url, id), newTarget(b, clients, startVariant(b, "pooled", "REDIS_URL="+redisURL(b)).url, id), "pooled")
+	})
+	b.Run("sqlite", func(b *testing.B) {
+		s := startProcess(b)
+		_, id := s.register(newEmail())
+		compare(b, newTarget(b, clients, s.url, id), bare(b, s, id), "bare")
+	})
+}
+
+func BenchmarkSignIn(b *testing.B) {
+	s := startProcess(b, "REDIS_URL="+redisURL(b))
+	email := newEmail()
+	s.addAccount(email, 10)
+	hash, _ := bcrypt.GenerateFromPassword([]byte(password), 10)
+	var ratios, rates []float64
+	b.ResetTimer()
+	for done := 0; done < b.N; {
+		n := min(40, b.N-done)
+		done += n
+		turn := func(clients int, f func()) time.Duration {
+			var left atomic.Int64
+			left.Store(int64(n))
+			begin := time.Now()
+			together(clients, func(int) {
+				for left.Add(-1) >= 0 {
+					f()
+				}
+			})
+			return time.Since(begin)
+		}
+		alone := turn(runtime.NumCPU(), func() { bcrypt.CompareHashAndPassword(hash, []byte(password)) })
+		took := turn(2*runtime.NumCPU(), func() { s.signIn(email) })
+		ratios = append(ratios, alone.Seconds()/took.Seconds())
+		rates = append(rates, float64(n)/took.Seconds())
+	}
+	b.ReportMetric(median(rates), "sign-ins/s")
+	b.ReportMetric(median(ratios), "rate/bcrypt")
+}
+
+// BenchmarkUserDuringSignIns shows what GET /user has to bear while 64 clients sign in without pause.
+func BenchmarkUserDuringSignIns(b *testing.B) {
+	s := startProcess(b, "REDIS_URL="+redisURL(b), "BCRYPT_COST=12")
+	email := newEmail()
+	s.addAccount(email, 12)
+	tg := newTarget(b, 8, s.url, s.signIn(email))
+	quiet, quietAll := tg.load(b, max(b.N, 100))
+	ctx, stop := context.WithCancel(b.Context())
+	var storm sync.WaitGroup
+	var slowest, signIns, refused atomic.Int64
+	for range 64 {
+		storm.Go(func() {
+			for ctx.Err() == nil {
+				begin := time.Now()
+				if a := s.ask("POST", "/user/signin", credentials(email, password)); a.status == 503 {
+					refused.Add(1)
+				} else {
+					signIns.Add(1)
+				}
+				slowest.Store(max(slowest.Load(), int64(time.Since(begin))))
+			}
+		})
+	}
+	eventually(b, 10*time.Second, "the storm", func() bool { return signIns.Load() > 0 })
+	begin, before := time.Now(), signIns.Load()
+	b.ResetTimer()
+	busy, busyAll := tg.load(b, max(b.N, 100))
+	b.StopTimer()
+	b.ReportMetric(float64(signIns.Load()-before)/time.Since(begin).Seconds(), "sign-ins/s")
+	stop()
+	storm.Wait()
+	b.ReportMetric(float64(quantile(busyAll, 0.99).Microseconds())/1000, "p99-ms")
+	b.ReportMetric(float64(quantile(busyAll, 0.99))/float64(quantile(quietAll, 0.99)), "p99/quiet")
+	b.ReportMetric(quiet.Seconds()/busy.Seconds(), "rate/quiet")
+	b.ReportMetric(time.Duration(slowest.Load()).Seconds(), "slowest-sign-in-s")
+}
+
+// BenchmarkGrowth compares a thousand sessions and accounts with a million: SESSION_STORAGE_LONG=1.
+func BenchmarkGrowth(b *testing.B) {
+	if !long {
+		b.Skip("SESSION_STORAGE_LONG=1 makes a million of each")
+	}
+	for _, backend := range []string{"redis", "sqlite"} {
+		b.Run(backend, func(b *testing.B) {
+			var targets []*target
+			for _, n := range []int{1_000, 1_000_000} {
+				vars := []string{}
+				if backend == "redis" {
+					r := ownRedis(b)
+					vars = append(vars, "REDIS_URL="+r.url())
+					c, _ := redis.DialURL(r.url())
+					for i := range n {
+						u := testUser(i)
+						c.Send("HSET", sessionKey(newUUID()), "id", u.ID, "name", u.Name, "email", u.Email, "createdAt", u.CreatedAt, "updatedAt", u.UpdatedAt)
+						if i%1000 == 999 {
+							c.Do("")
+						}
+					}
+					c.Close()
+				}
+				s := startProcess(b, vars...)
+				_, id := s.register(newEmail())
+				db := openSQL(b, s.dbPath)
+				if backend == "sqlite" {
+					_, err := db.Exec(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i < ?)
+						INSERT INTO sessions SELECT randomblob(32), hex(randomblob(16)), 'Ada Lovelace', i || '@example.com', '2025-03-30T20:00:00.000Z', '2025-03-30T20:00:00.000Z', 4000000000000 FROM n`, n)
+					if err != nil {
+						b.Fatal(err)
+					}
+				}
+				db.Close()
+				targets = append(targets, newTarget(b, 64, s.url, id))
+			}
+			compare(b, targets[1], targets[0], "thousand")
+		})
+	}
+	b.Run("accounts", func(b *testing.B) {
+		var dbs []*database
+		for _, n := range []int{1_000, 1_000_000} {
+			db := openTestDatabase(b)
+			_, err := db.writer.Exec(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i < ?)
+				INSERT INTO users SELECT hex(randomblob(16)), 'Ada Lovelace', i || '@example.com', 'hash', '2025-03-30T20:00:00.000Z', '2025-03-30T20:00:00.000Z' FROM n`, n)
+			if err != nil {
+				b.Fatal(err)
+			}
+			dbs = append(dbs, db)
+		}
+		hash, _ := bcrypt.GenerateFromPassword([]byte(password), 10)
+		var ratios []float64
+		b.ResetTimer()
+		for range b.N {
+			var took [2]time.Duration
+			for i, db := range dbs {
+				begin := time.Now()
+				if _, _, err := db.UserByEmail(b.Context(), fmt.Sprintf("%d@example.com", 1+rand.N(1000))); err != nil {
+					b.Fatal(err)
+				}
+				bcrypt.CompareHashAndPassword(hash, []byte(password))
+				took[i] = time.Since(begin)
+			}
+			ratios = append(ratios, took[0].Seconds()/took[1].Seconds())
+		}
+		b.ReportMetric(median(ratios), "rate/thousand")
+	})
 }
