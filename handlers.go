@@ -38,7 +38,7 @@ type server struct {
 	db          *database
 	sessions    SessionStore
 	gate        *gate
-	throttle    *throttle
+	throttle    throttle
 	metrics     *expvar.Map
 	log         *slog.Logger
 	mux         http.ServeMux
@@ -53,7 +53,7 @@ type handler func(w http.ResponseWriter, r *http.Request) (status int, body any,
 
 func newServer(cfg config, db *database, sessions SessionStore, gate *gate, metrics *expvar.Map, log *slog.Logger) *server {
 	s := &server{cfg: cfg, db: db, sessions: sessions, gate: gate, metrics: metrics, log: log,
-		throttle: newThrottle(), methods: map[string][]string{}}
+		throttle: throttle{seed: maphash.MakeSeed(), emptyAt: map[uint64]time.Time{}}, methods: map[string][]string{}}
 	for _, route := range []struct {
 		method, path string
 		handle       handler
@@ -225,8 +225,8 @@ func (s *server) note(event, userID string, client netip.Addr) {
 // authenticate returns the user with that email if the password is right. An unknown email and a wrong
 // password cost the same bcrypt rounds, so that time does not tell which it was.
 func (s *server) authenticate(ctx context.Context, email, password string, client netip.Addr) (User, error) {
-	if wait := s.throttle.add(email, client, 0); wait > 0 { // before it queues
-		return User{}, s.tooManyFailures(wait, client)
+	if err := s.countFailures(email, client, 0); err != nil { // before it queues
+		return User{}, err
 	}
 	user, passwordHash, err := s.db.UserByEmail(ctx, email)
 	if err != nil && !errors.Is(err, errUserNotFound) {
@@ -238,8 +238,8 @@ func (s *server) authenticate(ctx context.Context, email, password string, clien
 	}
 	defer leave()
 	// Counted now and not after the failure, so that guesses sent at once are counted as well.
-	if wait := s.throttle.add(email, client, 1); wait > 0 {
-		return User{}, s.tooManyFailures(wait, client)
+	if err := s.countFailures(email, client, 1); err != nil {
+		return User{}, err
 	}
 	matches, err := s.passwordMatches(passwordHash, password)
 	if err != nil {
@@ -249,7 +249,7 @@ func (s *server) authenticate(ctx context.Context, email, password string, clien
 		s.note("sign-in refused", user.ID, client)
 		return User{}, newProblem(http.StatusUnauthorized, "The email or the password is wrong.")
 	}
-	s.throttle.add(email, client, -1)
+	s.countFailures(email, client, -1)
 	// A hash below the configured cost is stored anew. Failing that is no reason to refuse the sign-in.
 	if cost, err := bcrypt.Cost([]byte(passwordHash)); err == nil && cost < s.cfg.bcryptCost {
 		upgraded, err := bcrypt.GenerateFromPassword([]byte(password), s.cfg.bcryptCost)
@@ -260,7 +260,12 @@ func (s *server) authenticate(ctx context.Context, email, password string, clien
 	return user, nil
 }
 
-func (s *server) tooManyFailures(wait time.Duration, client netip.Addr) error {
+// countFailures is throttle.add with its refusal as a problem.
+func (s *server) countFailures(email string, client netip.Addr, n int) error {
+	wait := s.throttle.add(email, client, n)
+	if wait == 0 {
+		return nil
+	}
 	s.note("sign-in throttled", "", client)
 	p := newProblem(http.StatusTooManyRequests, "Too many failed sign-ins for this account. Wait before the next try.")
 	p.retryAfter = wait
@@ -497,10 +502,6 @@ type throttle struct {
 	mu      sync.Mutex
 	emptyAt map[uint64]time.Time // by hashes, as a client may send a long email
 	sweepAt int                  // size of the map at which what is empty is thrown out
-}
-
-func newThrottle() *throttle {
-	return &throttle{seed: maphash.MakeSeed(), emptyAt: map[uint64]time.Time{}}
 }
 
 // add counts n tries as failed (0: only looks), or returns how long until one may be made. A try that

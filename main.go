@@ -55,19 +55,19 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		fmt.Fprintln(stderr, "session-storage is configured by environment variables and takes no other arguments")
 		return 2
 	}
-	if info, _ := debug.ReadBuildInfo(); *version {
+	cfg, err := loadConfig(getenv)
+	switch info, _ := debug.ReadBuildInfo(); {
+	case *version:
 		fmt.Fprint(stdout, info)
 		return 0
-	}
-	cfg, err := loadConfig(getenv)
-	if err != nil {
+	case err != nil:
 		fmt.Fprintln(stderr, err)
 		return 2
-	}
-	if *healthcheck {
-		err = checkHealth(ctx, cfg.addr)
-	} else {
-		err = serve(ctx, cfg, newGate(tuneRuntime(getenv)), slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel})))
+	case *healthcheck:
+		err = checkHealth(cfg.addr)
+	default:
+		log := slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel}))
+		err = serve(ctx, cfg, newGate(tuneRuntime(getenv)), log)
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, "session-storage:", err)
@@ -91,13 +91,16 @@ type config struct {
 // is allowed.
 func loadConfig(getenv func(string) string) (cfg config, err error) {
 	var errs []error
-	read := func(name, fallback, allowed string, parse func(value string) (ok bool)) {
-		if value := cmp.Or(getenv(name), fallback); !parse(value) {
-			errs = append(errs, fmt.Errorf("%s=%q: want %s", name, redactURL(value), allowed))
+	read := func(name, fallback, allowed string, parse func(v string) (ok bool)) {
+		if v := cmp.Or(getenv(name), fallback); !parse(v) {
+			errs = append(errs, fmt.Errorf("%s=%q: want %s", name, redactURL(v), allowed))
 		}
 	}
 	read("ADDR", ":8080", "host:port or :port", func(v string) bool { cfg.addr = v; return validAddr(v) })
-	read("DB_PATH", "users.db", "the path of a file, such as users.db", func(v string) bool { cfg.dbPath = v; return v != ":memory:" && !strings.HasPrefix(v, "file:") })
+	read("DB_PATH", "users.db", "the path of a file, such as users.db", func(v string) bool {
+		cfg.dbPath = v
+		return v != ":memory:" && !strings.HasPrefix(v, "file:")
+	})
 	read("REDIS_URL", "", redisURLForms, func(v string) (ok bool) {
 		cfg.redis, ok = parseRedisURL(v)
 		return ok || v == ""
@@ -110,18 +113,23 @@ func loadConfig(getenv func(string) string) (cfg config, err error) {
 		cfg.bcryptCost, err = strconv.Atoi(v)
 		return err == nil && cfg.bcryptCost >= 10 && cfg.bcryptCost <= 15
 	})
-	read("COOKIE_SECURE", "true", "true or false", func(v string) bool { cfg.cookieSecure = v == "true"; return v == "true" || v == "false" })
+	read("COOKIE_SECURE", "true", "true or false", func(v string) bool {
+		cfg.cookieSecure = v == "true"
+		return v == "true" || v == "false"
+	})
 	read("TRUSTED_PROXIES", "", "comma-separated CIDRs, such as 10.0.0.0/8,192.0.2.7/32", func(v string) bool {
+		err = nil
 		for cidr := range strings.FieldsFuncSeq(v, func(c rune) bool { return c == ',' || c == ' ' }) {
-			prefix, err := netip.ParsePrefix(cidr)
-			if err != nil {
-				return false
-			}
+			prefix, wrong := netip.ParsePrefix(cidr)
+			err = cmp.Or(err, wrong)
 			cfg.trustedProxies = append(cfg.trustedProxies, prefix)
 		}
-		return true
+		return err == nil
 	})
-	read("DEBUG_ADDR", "", "host:port, such as localhost:6060", func(v string) bool { cfg.debugAddr = v; return v == "" || validAddr(v) })
+	read("DEBUG_ADDR", "", "host:port, such as localhost:6060", func(v string) bool {
+		cfg.debugAddr = v
+		return v == "" || validAddr(v)
+	})
 	read("LOG_LEVEL", "info", "debug, info, warn or error", func(v string) bool {
 		level := slices.Index([]string{"debug", "info", "warn", "error"}, v)
 		cfg.logLevel = slog.Level(4 * (level - 1))
@@ -196,14 +204,10 @@ func serve(ctx context.Context, cfg config, gate *gate, log *slog.Logger) error 
 // must finish what runs, not cancel it.
 func serveHTTP(ctx context.Context, listener net.Listener, s *server, log *slog.Logger) error {
 	hs := &http.Server{
-		Handler:                      s,
-		ReadHeaderTimeout:            headerTimeout,
-		ReadTimeout:                  headerTimeout, // of a request without a body; readForm sets its own
-		WriteTimeout:                 answerTimeout,
-		IdleTimeout:                  idleTimeout,
-		MaxHeaderBytes:               maxHeader,
+		Handler: s, MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ReadHeaderTimeout: headerTimeout, ReadTimeout: headerTimeout, // readForm allows more for a body
+		WriteTimeout: answerTimeout, IdleTimeout: idleTimeout,
 		DisableGeneralOptionsHandler: true, // or "OPTIONS *" is answered without our headers
-		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 	served := make(chan error, 1)
 	go func() { served <- hs.Serve(listener) }()
@@ -238,34 +242,26 @@ func serveDebug(addr string, metrics *expvar.Map, log *slog.Logger) (stop func()
 	metrics.Set("memstats", expvar.Get("memstats"))
 	mux := http.NewServeMux()
 	mux.Handle("/debug/pprof/", http.DefaultServeMux)
-	mux.HandleFunc("GET /debug/vars", func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		io.WriteString(w, metrics.String())
-	})
+	mux.HandleFunc("GET /debug/vars", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, metrics.String()) })
 	hs := &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout}
 	go hs.Serve(listener)
 	log.Info("debug listening", "addr", listener.Addr().String())
-	if ip := listener.Addr().(*net.TCPAddr).IP; !ip.IsLoopback() {
+	if !listener.Addr().(*net.TCPAddr).IP.IsLoopback() {
 		log.Warn("DEBUG_ADDR is not a loopback address: whoever reaches it can profile this process")
 	}
 	return hs.Close, nil
 }
 
-// checkHealth asks the service that listens on addr whether it is well. An addr without a host is this one.
-func checkHealth(ctx context.Context, addr string) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/healthz", nil)
-	if err != nil {
-		return err
-	}
-	resp, err := new(http.Transport).RoundTrip(req) // no proxy from the environment in between
+// checkHealth asks the service that listens on addr whether it is well. No host in addr means this one.
+func checkHealth(addr string) error {
+	client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{}} // no proxy from the environment in between
+	resp, err := client.Get("http://" + addr + "/healthz")
 	if err != nil {
 		return err
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("healthz: %s", resp.Status)
+		return errors.New("healthz: " + resp.Status)
 	}
 	return nil
 }

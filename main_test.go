@@ -19,6 +19,7 @@ import (
 	"expvar"
 	"flag"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"log/slog"
 	"maps"
@@ -1277,7 +1278,7 @@ func TestFailedSignInsAreThrottled(t *testing.T) {
 
 func TestThrottle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		th := newThrottle()
+		th := &throttle{seed: maphash.MakeSeed(), emptyAt: map[uint64]time.Time{}}
 		client := func(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}) }
 		fail := func(email string, i int) bool { return th.add(email, client(i), 1) == 0 }
 		for range 10 {
@@ -1323,7 +1324,7 @@ func TestThrottle(t *testing.T) {
 
 func TestThrottleForgetsWhatItNeedNotKnow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		th := newThrottle()
+		th := &throttle{seed: maphash.MakeSeed(), emptyAt: map[uint64]time.Time{}}
 		largest := 0
 		for i := range 200_000 { // a hundred tries a second, more than any machine's bcrypt allows
 			th.add(strconv.Itoa(i), netip.IPv6Loopback(), 1)

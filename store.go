@@ -152,23 +152,21 @@ func sqliteCode(err error) int {
 	return 0
 }
 
-// storeError says what failed. What SQLite refuses for reasons outside this program (locked, full,
-// read-only, corrupt, out of reach) and what took too long is errUnavailable.
+// storeError says what failed. What took too long, or was refused for reasons outside this program (locked,
+// full, read-only, corrupt, out of reach), is errUnavailable.
 func storeError(doing string, err error) error {
 	if err == nil {
 		return nil
 	}
 	switch sqliteCode(err) & 0xff { // the primary code
-	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
-		sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FULL,
-		sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOTADB:
-		err = unavailable(err)
+	case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE:
+		return fmt.Errorf("%s: %w", doing, err)
 	case 0:
-		if errors.Is(err, context.DeadlineExceeded) {
-			err = unavailable(err)
+		if !errors.Is(err, context.DeadlineExceeded) {
+			return fmt.Errorf("%s: %w", doing, err)
 		}
 	}
-	return fmt.Errorf("%s: %w", doing, err)
+	return fmt.Errorf("%s: %w", doing, unavailable(err))
 }
 
 // sqliteSessions is the embedded session backend: rows beside the accounts, which outlive a restart.
