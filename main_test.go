@@ -2992,6 +2992,62 @@ func certificate(t *testing.T, dir string) (certFile, keyFile string) {
 	return certFile, keyFile
 }
 
+// TestMovingOver runs the README's own statements on a file as Prisma writes it, and serves a session as
+// ioredis writes one.
+func TestMovingOver(t *testing.T) {
+	t.Parallel()
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, statements, _ := strings.Cut(string(readme), "sqlite3 users.db <<'SQL'\n")
+	statements, _, found := strings.Cut(statements, "\nSQL\n")
+	if !found {
+		t.Fatal("README.md has no block for sqlite3")
+	}
+	url := redisURL(t)
+	s := start(t, "REDIS_URL="+url)
+	dev := filepath.Join(t.TempDir(), "dev.db")
+	old := openSQL(t, dev)
+	defer old.Close()
+	hash, _ := bcrypt.GenerateFromPassword([]byte(password), bcrypt.MinCost)
+	hash[2] = 'b'
+	if _, err := old.Exec(`CREATE TABLE "User" ("id" TEXT NOT NULL PRIMARY KEY, "name" TEXT NOT NULL, "email" TEXT NOT NULL, "password" TEXT NOT NULL,
+		"createdAt" DATETIME NOT NULL DEFAULT CURRENT_TIMESTAMP, "updateAt" DATETIME NOT NULL);
+		CREATE UNIQUE INDEX "User_email_key" ON "User"("email");
+		INSERT INTO "User" VALUES ('cm1', 'Ada', 'Ada@Example.com', ?1, 1743364800123, 1743364800123),
+			('cm2', 'Bob', 'bob@example.com', ?1, '2025-03-30T20:00:00.000+00:00', '2025-03-30 20:00:00'),
+			('cm3', 'Ada too', 'ada@example.com', ?1, 1743364900000, 1743364900000)`, string(hash)); err != nil {
+		t.Fatal(err)
+	}
+	db := openSQL(t, s.dbPath)
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	statements = strings.Replace(statements, "'dev.db'", "'"+dev+"'", 1)
+	move, report, _ := strings.Cut(statements, "SELECT 'not moved")
+	var left string
+	if _, err := db.Exec(move); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.QueryRow("SELECT 'not moved" + report).Scan(&left); err != nil || !strings.HasSuffix(left, ": cm3 ada@example.com") {
+		t.Errorf("reported %q, %v, want the account whose email differs in case only", left, err)
+	}
+	for email, want := range map[string]User{
+		"ada@example.com": {"cm1", "Ada", "ada@example.com", "2025-03-30T20:00:00.123Z", "2025-03-30T20:00:00.123Z"},
+		"bob@example.com": {"cm2", "Bob", "bob@example.com", "2025-03-30T20:00:00.000Z", "2025-03-30T20:00:00.000Z"},
+	} {
+		if a := s.want(200, s.signIn(email)); a.body != userJSON(want) {
+			t.Errorf("got %s, want %s", a.body, userJSON(want))
+		}
+	}
+	// The Express app reads each field of the hash as a string, and takes createdAt with new Date(text).
+	id := newUUID()
+	redisDo(t, url, "HSET", "session:"+id, "id", "cm1", "name", "Ada", "email", "ada@example.com",
+		"createdAt", "Sun Mar 30 2025 20:00:00 GMT+0000 (Coordinated Universal Time)", "updatedAt", "Sun Mar 30 2025 20:00:00 GMT+0000 (Coordinated Universal Time)")
+	redisDo(t, url, "EXPIRE", "session:"+id, 604800)
+	s.want(200, id)
+}
+
 // ---------------------------------------------------------------------------------------------------
 // Fuzzing: what comes from outside, and what must hold of it whatever it is.
 
