@@ -391,13 +391,6 @@ func startVariant(t testing.TB, variant string, vars ...string) *service {
 	return s
 }
 
-// kill ends a process as a power cut would.
-func (s *service) kill() {
-	s.faulty = true
-	s.cmd.Process.Kill()
-	s.stop()
-}
-
 // checkLog looks for secrets, for lines that are no JSON, and for errors nobody expected.
 func (s *service) checkLog() {
 	s.Helper()

@@ -256,8 +256,8 @@ func (g *guardedConn) Read(p []byte) (int, error) {
 
 // How long and how much the Redis backend may take.
 const (
-	exchangeTimeout = 1200 * time.Millisecond // connecting, writing, reading and one retry
-	waitTimeout     = 2500 * time.Millisecond // waiting for the batch before and for one's own
+	exchangeTimeout = 1000 * time.Millisecond // connecting, writing, reading and one retry
+	waitTimeout     = 2000 * time.Millisecond // waiting for the batch before and for one's own
 	sentinelTimeout = 250 * time.Millisecond  // for one sentinel to name the primary
 	connLifetime    = time.Minute             // so that a failover behind a stable name is noticed
 	lanes           = 2
@@ -336,13 +336,7 @@ func (s *redisSessions) Get(ctx context.Context, id string) (User, error) {
 }
 
 func (s *redisSessions) Delete(ctx context.Context, id string) error {
-	replies, err := s.do(command{"DEL", sessionKey(id)})
-	if err == nil {
-		if _, isInt := replies[0].(int64); !isInt {
-			err = unavailable(fmt.Errorf("answer %v", replies[0]))
-		}
-	}
-	if err != nil {
+	if _, err := s.do(command{"DEL", sessionKey(id)}); err != nil {
 		return fmt.Errorf("deleting session: %w", err)
 	}
 	return nil
@@ -392,7 +386,8 @@ func (l *lane) run(ctx context.Context) {
 			l.hangUp()
 			return
 		}
-		runtime.Gosched()                           // requests that are ready to run come first, and into this batch
+		runtime.Gosched() // requests that are ready to run come first, and into this batch
+
 		for range min(len(l.waiting), maxBatch-1) { // the other lane may take some of them
 			select {
 			case op := <-l.waiting:
@@ -465,37 +460,47 @@ func (l *lane) exchange(deadline time.Time, batch []*operation) (replies []any, 
 	for _, op := range batch {
 		cmds = append(cmds, op.cmds...)
 	}
-	n := len(cmds)
-	if cmds = append(cmds, command{"PING", nonce}); n > 1 {
-		cmds = slices.Concat([]command{{"MULTI"}}, cmds, []command{{"EXEC"}})
+	sent := append(slices.Clip(cmds), command{"PING", nonce})
+	if len(cmds) > 1 {
+		sent = slices.Concat([]command{{"MULTI"}}, sent, []command{{"EXEC"}})
 	}
-	for _, cmd := range cmds {
+	for _, cmd := range sent {
 		l.conn.Send(cmd[0].(string), cmd[1:]...)
 	}
 	all, err := redis.Values(redis.DoWithTimeout(l.conn, max(1, time.Until(deadline)), "")) // any failed Send shows here
 	if err != nil {
 		return nil, err
 	}
-	if replies = all; n > 1 {
+	if replies = all; len(cmds) > 1 {
 		replies, _ = all[len(all)-1].([]any)
 	}
 	for _, reply := range slices.Concat(all, replies) {
-		if refused, ok := reply.(redis.Error); ok && !isWrongType(refused) {
+		if refused, ok := reply.(redis.Error); ok && !isWrongType(reply) {
 			return nil, refused
 		}
 	}
-	if len(replies) != n+1 || fmt.Sprintf("%s", replies[n]) != nonce {
+	if len(replies) != len(cmds)+1 || fmt.Sprintf("%s", replies[len(cmds)]) != nonce {
 		return nil, errors.New("redis replies out of step")
 	}
-	return replies[:n], nil
+	for i, cmd := range cmds {
+		_, isInt := replies[i].(int64)
+		_, isArray := replies[i].([]any)
+		if isHash := isArray || isWrongType(replies[i]); isInt == isHash || isHash != (cmd[0] == "HGETALL") {
+			return nil, fmt.Errorf("%s answered %v", cmd[0], replies[i])
+		}
+	}
+	return replies[:len(cmds)], nil
 }
 
-func isWrongType(err redis.Error) bool { return strings.HasPrefix(string(err), "WRONGTYPE") }
+func isWrongType(reply any) bool {
+	refused, ok := reply.(redis.Error)
+	return ok && strings.HasPrefix(string(refused), "WRONGTYPE")
+}
 
 // userOfHash reads HGETALL's reply. No hash, one without an id, and times that cannot be read are no
 // session.
 func userOfHash(reply any) (user User, err error) {
-	if refused, ok := reply.(redis.Error); ok && isWrongType(refused) {
+	if isWrongType(reply) {
 		return User{}, errNoSession
 	}
 	fields, err := redis.Values(reply, nil)
