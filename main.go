@@ -242,7 +242,10 @@ func serveDebug(addr string, metrics *expvar.Map, log *slog.Logger) (stop func()
 	metrics.Set("memstats", expvar.Get("memstats"))
 	mux := http.NewServeMux()
 	mux.Handle("/debug/pprof/", http.DefaultServeMux)
-	mux.HandleFunc("GET /debug/vars", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, metrics.String()) })
+	mux.HandleFunc("GET /debug/vars", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		io.WriteString(w, metrics.String())
+	})
 	hs := &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout}
 	go hs.Serve(listener)
 	log.Info("debug listening", "addr", listener.Addr().String())
