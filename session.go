@@ -435,11 +435,9 @@ func (l *lane) serve(batch []*operation) {
 	}
 }
 
-// exchange sends the commands of a batch in one round trip and returns a reply for each. It proves itself:
-// its last command is a PING with a value never used before. Unless that comes back in its place nothing is
-// believed and the connection is closed: one that is a single reply out of step would hand each client
-// the session of the one before it. Several commands are a transaction, so that their replies and the
-// proof come back as one, EXEC's, within which nothing can be lost, repeated or swapped on the way.
+// exchange sends the commands of a batch in one round trip and returns a reply for each. Several are a
+// transaction, so that their replies come back as one, EXEC's, within which nothing can be lost, repeated
+// or swapped on the way. After an error the connection is closed.
 func (l *lane) exchange(deadline time.Time, batch []*operation) (replies []any, err error) {
 	defer func() {
 		if err != nil {
@@ -455,11 +453,11 @@ func (l *lane) exchange(deadline time.Time, batch []*operation) (replies []any, 
 		}
 		l.dialed = time.Now()
 	}
-	nonce := l.noncePrefix + strconv.FormatUint(l.nonces.Add(1), 36)
 	var cmds []command
 	for _, op := range batch {
 		cmds = append(cmds, op.cmds...)
 	}
+	nonce := l.noncePrefix + strconv.FormatUint(l.nonces.Add(1), 36)
 	sent := append(slices.Clip(cmds), command{"PING", nonce})
 	if len(cmds) > 1 {
 		sent = slices.Concat([]command{{"MULTI"}}, sent, []command{{"EXEC"}})
@@ -471,7 +469,16 @@ func (l *lane) exchange(deadline time.Time, batch []*operation) (replies []any, 
 	if err != nil {
 		return nil, err
 	}
-	if replies = all; len(cmds) > 1 {
+	return proven(all, cmds, nonce)
+}
+
+// proven returns the reply to each of cmds, taken from all that came back. An exchange proves itself: its
+// last command is a PING with a value never used before. Unless that comes back in its place nothing is
+// believed: a connection that is a single reply out of step would hand each client the session of the one
+// before it. Nor is a reply believed that its command cannot have.
+func proven(all []any, cmds []command, nonce string) ([]any, error) {
+	replies := all
+	if len(cmds) > 1 {
 		replies, _ = all[len(all)-1].([]any)
 	}
 	for _, reply := range slices.Concat(all, replies) {
