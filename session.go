@@ -493,7 +493,7 @@ func proven(all []any, cmds []command, nonce string) ([]any, error) {
 		_, isInt := replies[i].(int64)
 		_, isArray := replies[i].([]any)
 		if isHash := isArray || isWrongType(replies[i]); isInt == isHash || isHash != (cmd[0] == "HGETALL") {
-			return nil, fmt.Errorf("%s answered %v", cmd[0], replies[i])
+			return nil, fmt.Errorf("%s answered %T", cmd[0], replies[i]) // not %v: it could be another's hash
 		}
 	}
 	return replies[:len(cmds)], nil
