@@ -104,7 +104,7 @@ var redisSkips atomic.Int64
 
 // sharedRedis is the Redis of all tests that do not break theirs. Their keys are random, so that they do
 // not meet, nor whatever else a Redis named by REDIS_URL holds.
-var sharedRedis shared
+var sharedRedis = shared{stop: func() {}}
 
 type shared struct {
 	once sync.Once
@@ -112,8 +112,6 @@ type shared struct {
 	why  string // there is none
 	stop func()
 }
-
-func init() { sharedRedis.stop = func() {} }
 
 func redisURL(t testing.TB) string {
 	t.Helper()
