@@ -2124,6 +2124,8 @@ func readReply(r *bufio.Reader) ([]byte, error) {
 	return line, nil
 }
 
+// --- Faults: Redis away
+
 func TestRedisOutOfReach(t *testing.T) {
 	t.Parallel()
 	var waves sync.Mutex // one at a time, or they would measure each other
@@ -2312,6 +2314,8 @@ func TestRepliesByteByByte(t *testing.T) {
 	}
 }
 
+// --- Faults: Redis that refuses
+
 func TestRedisThatRefuses(t *testing.T) {
 	t.Parallel()
 	// begin starts the service with an account and an open session.
@@ -2395,6 +2399,8 @@ func TestRedisThatRefuses(t *testing.T) {
 		s.want(200, s.signIn(email))
 	})
 }
+
+// --- Faults: replies out of step
 
 func TestNoAnswerCarriesAnothersSession(t *testing.T) {
 	t.Parallel()
@@ -2569,6 +2575,8 @@ func (s *service) truthful(r *redisServer) {
 	}
 }
 
+// --- Faults: crash
+
 func TestACrashLosesNothingThatWasAnswered(t *testing.T) {
 	each(t, func(t *testing.T, backend string) {
 		path := filepath.Join(t.TempDir(), "users.db")
@@ -2623,6 +2631,8 @@ func TestACrashLosesNothingThatWasAnswered(t *testing.T) {
 		t.Logf("%d registrations and %d sign-ins held", registered, signedIn)
 	})
 }
+
+// --- Faults: SQLite
 
 func TestSQLiteInTrouble(t *testing.T) {
 	t.Parallel()
@@ -2684,6 +2694,8 @@ func TestSQLiteInTrouble(t *testing.T) {
 		}
 	})
 }
+
+// --- Faults: clients that misbehave
 
 func TestClientsThatMisbehave(t *testing.T) {
 	t.Parallel()
@@ -2815,6 +2827,8 @@ func TestMoreConnectionsThanFileDescriptors(t *testing.T) {
 	s.register(newEmail())
 }
 
+// --- Faults: guessing
+
 func TestGuessing(t *testing.T) {
 	t.Parallel()
 	s := start(t, "DEBUG_ADDR=127.0.0.1:0", "TRUSTED_PROXIES=127.0.0.0/8")
@@ -2856,6 +2870,8 @@ func TestGuessing(t *testing.T) {
 	s.want(200, open)
 	t.Logf("one address: %d tried; everywhere: %d tried, %d refused", one, many, throttled)
 }
+
+// --- Faults: rolling out and failing over
 
 func TestTwoInstancesOnOneRedis(t *testing.T) {
 	t.Parallel()
