@@ -471,8 +471,9 @@ const (
 )
 
 // gate lets in as many bcrypts at a time as there are cores, and one less while hundreds of sessions a
-// second are read, which would otherwise have to wait for a core: under a storm of sign-ins that halves
-// GET's p99 and keeps more than half of its rate. Past them requests queue, bounded in number and time.
+// second are read, which would otherwise have to wait for a core: GET then keeps more than half of its
+// rate under a storm of sign-ins (BenchmarkUserDuringSignIns). Past them requests queue, bounded in number
+// and time.
 type gate struct {
 	slots, spare, queue chan struct{}
 	readAt              atomic.Int64 // Unix nanoseconds of the last lookup

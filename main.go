@@ -148,9 +148,9 @@ func validAddr(addr string) bool {
 // for each core.
 //
 // The live heap is a few megabytes, so the default GOGC=100 would collect it hundreds of times a second
-// under load. And each bcrypt gets a thread beyond the one per core: it runs for a quarter of a second,
-// and the kernel shares a core between threads fairly, where Go's scheduler, with as many bcrypts as
-// threads, makes a GET /user wait for its slices of 10 ms.
+// under load. And for each core there are two threads more than a bcrypt could hold for its quarter of a
+// second: the kernel shares a core between threads fairly, where Go's scheduler, with as many bcrypts as
+// threads, makes a GET /user wait for its slices of 10 ms (BenchmarkUserDuringSignIns).
 func tuneRuntime(getenv func(string) string) (bcryptSlots int) {
 	if getenv("GOGC") == "" {
 		debug.SetGCPercent(400)
