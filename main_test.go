@@ -39,6 +39,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -408,7 +409,7 @@ func startVariant(t testing.TB, variant string, vars ...string) *service {
 	go func() { exited <- s.cmd.Wait(); s.log.end() }()
 	s.stop = sync.OnceFunc(func() {
 		s.client.CloseIdleConnections()
-		s.cmd.Process.Signal(os.Interrupt)
+		s.cmd.Process.Signal(syscall.SIGTERM) // as docker stop does
 		if variant == "bare" || variant == "pooled" {
 			s.cmd.Process.Kill()
 			s.faulty = true
@@ -674,6 +675,12 @@ func together(n int, f func(i int)) {
 	}
 	close(begin)
 	wg.Wait()
+}
+
+// raise sets a maximum that several goroutines look for.
+func raise(worst *atomic.Int64, d time.Duration) {
+	for old := worst.Load(); int64(d) > old && !worst.CompareAndSwap(old, int64(d)); old = worst.Load() {
+	}
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -986,16 +993,10 @@ func TestBodiesThatAreRefused(t *testing.T) {
 		{"an email that is taken", credentials("taken@example.com", "another password"), "", 409, ""},
 		{"an email that is taken, in capitals", credentials(" TAKEN@example.com", "another password"), "", 409, ""},
 	} {
-		header := []string{}
-		if tt.header != "" {
-			header = append(header, tt.header)
-			s.client.Transport.(*http.Transport).DisableCompression = true
-		}
 		req, _ := http.NewRequest("POST", s.url+"/user", strings.NewReader(tt.body))
 		req.Header.Set("Content-Type", "application/json")
-		for _, h := range header {
-			_, value, _ := strings.Cut(h, ": ")
-			req.Header.Set("Content-Type", value)
+		if _, contentType, set := strings.Cut(tt.header, ": "); set {
+			req.Header.Set("Content-Type", contentType)
 		}
 		resp, err := s.client.Do(req)
 		if err != nil {
@@ -1111,9 +1112,7 @@ func TestCookies(t *testing.T) {
 	}
 	batches := s.metric("sessionBatches")
 	for _, value := range []string{"", "x", "*", id[:35], id + "0", "{" + id[1:], strings.Replace(id, "-", "0", 1), strings.Repeat("a", 8000), "../../etc/passwd", id[:35] + "g", `"` + id} {
-		if a := s.want(401, value); a.status != 401 {
-			t.Errorf("a cookie of %.40q is no session", value)
-		}
+		s.want(401, value)
 		if a := s.ask("DELETE", "/user/session", "", cookie(value)); a.status != 204 {
 			t.Errorf("DELETE /user/session: status %d, want 204", a.status)
 		}
@@ -2156,7 +2155,7 @@ func TestRedisOutOfReach(t *testing.T) {
 		together(500, func(int) {
 			begin := time.Now()
 			s.want(503, id)
-			worst.Store(max(worst.Load(), int64(time.Since(begin))))
+			raise(&worst, time.Since(begin))
 		})
 		waves.Unlock()
 		if d := time.Duration(worst.Load()); d > 3*time.Second {
@@ -3231,7 +3230,7 @@ func FuzzReplies(f *testing.F) {
 // runVariant is what the test binary does as a process other than the program itself.
 func runVariant(variant string) int {
 	if variant == "cheap" {
-		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 		defer stop()
 		return runCheaply(ctx, os.Getenv, os.Stderr)
 	}
@@ -3453,7 +3452,7 @@ func BenchmarkUserDuringSignIns(b *testing.B) {
 				} else {
 					signIns.Add(1)
 				}
-				slowest.Store(max(slowest.Load(), int64(time.Since(begin))))
+				raise(&slowest, time.Since(begin))
 			}
 		})
 	}
