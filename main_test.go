@@ -1930,6 +1930,11 @@ func TestStoreErrors(t *testing.T) {
 	if got, hash, err := db.UserByEmail(t.Context(), user.Email); got != user || hash != "hash" || err != nil {
 		t.Errorf("got %v, %s, %v", got, hash, err)
 	}
+	for _, late := range []error{context.DeadlineExceeded, sql.ErrTxDone} { // what database/sql says of a write out of time
+		if err := storeError("writing", late); !errors.Is(err, errUnavailable) {
+			t.Errorf("%v, want errUnavailable", err)
+		}
+	}
 	if err := db.ReplacePasswordHash(t.Context(), user.ID, "older", "newer"); err != nil {
 		t.Error(err)
 	}

@@ -162,7 +162,7 @@ func storeError(doing string, err error) error {
 	case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE:
 		return fmt.Errorf("%s: %w", doing, err)
 	case 0:
-		if !errors.Is(err, context.DeadlineExceeded) {
+		if !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, sql.ErrTxDone) { // rolled back, late
 			return fmt.Errorf("%s: %w", doing, err)
 		}
 	}
