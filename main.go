@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"expvar"
-	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -26,16 +25,6 @@ import (
 	"time"
 )
 
-const (
-	headerTimeout = 5 * time.Second
-	bodyTimeout   = 10 * time.Second
-	answerTimeout = 30 * time.Second // from the end of the headers: body, queue for bcrypt, stores, writing
-	idleTimeout   = 2 * time.Minute
-	drainTimeout  = 10 * time.Second
-	drainGrace    = 250 * time.Millisecond
-	maxHeader     = 16 << 10 // bytes
-)
-
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
@@ -45,25 +34,18 @@ func main() {
 // run is the program. It returns the exit status: 0 after a clean end, 1 when the service could not run,
 // 2 when it was started wrongly.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
-	flags := flag.NewFlagSet("session-storage", flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	healthcheck := flags.Bool("healthcheck", false, "ask the running service's /healthz; exit 0 when it is well")
-	version := flags.Bool("version", false, "print what the build knows of itself")
-	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
-		return 0
-	} else if err != nil || flags.NArg() > 0 {
-		fmt.Fprintln(stderr, "session-storage is configured by environment variables and takes no other arguments")
-		return 2
-	}
 	cfg, err := loadConfig(getenv)
-	switch info, _ := debug.ReadBuildInfo(); {
-	case *version:
+	switch mode := strings.Join(args, " "); {
+	case mode == "-version":
+		info, _ := debug.ReadBuildInfo()
 		fmt.Fprint(stdout, info)
-		return 0
+	case mode != "" && mode != "-healthcheck":
+		fmt.Fprintln(stderr, "usage: session-storage [-healthcheck | -version]; all else is set by environment variables")
+		return 2
 	case err != nil:
 		fmt.Fprintln(stderr, err)
 		return 2
-	case *healthcheck:
+	case mode == "-healthcheck":
 		err = checkHealth(cfg.addr)
 	default:
 		log := slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel}))
@@ -91,49 +73,41 @@ type config struct {
 // is allowed.
 func loadConfig(getenv func(string) string) (cfg config, err error) {
 	var errs []error
-	read := func(name, fallback, allowed string, parse func(v string) (ok bool)) {
-		if v := cmp.Or(getenv(name), fallback); !parse(v) {
+	read := func(name, fallback, allowed string, ok func(v string) bool) string {
+		v := cmp.Or(getenv(name), fallback)
+		if v != "" && !ok(v) {
 			errs = append(errs, fmt.Errorf("%s=%q: want %s", name, redactURL(v), allowed))
 		}
+		return v
 	}
-	read("ADDR", ":8080", "host:port or :port", func(v string) bool { cfg.addr = v; return validAddr(v) })
-	read("DB_PATH", "users.db", "the path of a file, such as users.db", func(v string) bool {
-		cfg.dbPath = v
+	oneOf := func(values ...string) func(string) bool {
+		return func(v string) bool { return slices.Contains(values, v) }
+	}
+	cfg.addr = read("ADDR", ":8080", "host:port or :port", validAddr)
+	cfg.debugAddr = read("DEBUG_ADDR", "", "host:port, such as localhost:6060", validAddr)
+	cfg.dbPath = read("DB_PATH", "users.db", "the path of a file, such as users.db", func(v string) bool {
 		return v != ":memory:" && !strings.HasPrefix(v, "file:")
 	})
+	cfg.bcryptCost, _ = strconv.Atoi(read("BCRYPT_COST", "12", "a whole number from 10 to 15", oneOf("10", "11", "12", "13", "14", "15")))
+	cfg.cookieSecure = read("COOKIE_SECURE", "true", "true or false", oneOf("true", "false")) == "true"
+	cfg.logLevel.UnmarshalText([]byte(read("LOG_LEVEL", "info", "debug, info, warn or error", oneOf("debug", "info", "warn", "error"))))
 	read("REDIS_URL", "", redisURLForms, func(v string) (ok bool) {
 		cfg.redis, ok = parseRedisURL(v)
-		return ok || v == ""
+		return ok
 	})
 	read("SESSION_TTL", "168h", "a duration in whole seconds, 1s or more, such as 168h or 30m", func(v string) bool {
 		cfg.sessionTTL, err = time.ParseDuration(v)
 		return err == nil && cfg.sessionTTL >= time.Second && cfg.sessionTTL%time.Second == 0
 	})
-	read("BCRYPT_COST", "12", "a whole number from 10 to 15", func(v string) bool {
-		cfg.bcryptCost, err = strconv.Atoi(v)
-		return err == nil && cfg.bcryptCost >= 10 && cfg.bcryptCost <= 15
-	})
-	read("COOKIE_SECURE", "true", "true or false", func(v string) bool {
-		cfg.cookieSecure = v == "true"
-		return v == "true" || v == "false"
-	})
 	read("TRUSTED_PROXIES", "", "comma-separated CIDRs, such as 10.0.0.0/8,192.0.2.7/32", func(v string) bool {
-		err = nil
-		for cidr := range strings.FieldsFuncSeq(v, func(c rune) bool { return c == ',' || c == ' ' }) {
-			prefix, wrong := netip.ParsePrefix(cidr)
-			err = cmp.Or(err, wrong)
-			cfg.trustedProxies = append(cfg.trustedProxies, prefix)
+		for cidr := range strings.SplitSeq(v, ",") {
+			proxies, err := netip.ParsePrefix(strings.TrimSpace(cidr))
+			if err != nil {
+				return false
+			}
+			cfg.trustedProxies = append(cfg.trustedProxies, proxies)
 		}
-		return err == nil
-	})
-	read("DEBUG_ADDR", "", "host:port, such as localhost:6060", func(v string) bool {
-		cfg.debugAddr = v
-		return v == "" || validAddr(v)
-	})
-	read("LOG_LEVEL", "info", "debug, info, warn or error", func(v string) bool {
-		level := slices.Index([]string{"debug", "info", "warn", "error"}, v)
-		cfg.logLevel = slog.Level(4 * (level - 1))
-		return level >= 0
+		return true
 	})
 	return cfg, errors.Join(errs...)
 }
@@ -165,48 +139,46 @@ func tuneRuntime(getenv func(string) string) (bcryptSlots int) {
 // serve opens the stores, serves until ctx ends or serving fails, finishes what is running and closes
 // everything in the reverse order.
 func serve(ctx context.Context, cfg config, gate *gate, log *slog.Logger) error {
-	metrics := new(expvar.Map)
 	db, err := openDatabase(cfg.dbPath)
 	if err != nil {
 		return fmt.Errorf("DB_PATH=%q: %w", cfg.dbPath, err)
 	}
 	defer db.Close()
-	backend := "sqlite " + cfg.dbPath
-	var sessions SessionStore = &sqliteSessions{db} // another backend is wired here
+	metrics := new(expvar.Map)
+	backend, sessions := "sqlite "+cfg.dbPath, SessionStore(&sqliteSessions{db}) // another backend is wired here
 	if cfg.redis != nil {
-		backend = cfg.redis.String()
-		sessions = newRedisSessions(cfg.redis, metrics)
+		backend, sessions = cfg.redis.String(), newRedisSessions(cfg.redis, metrics)
 	}
 	defer sessions.Close()
 	if err := sessions.Ping(ctx); err != nil {
 		log.Error("session store out of reach, answering 503 until it is back", "err", err)
 	}
-	s := newServer(cfg, db, sessions, gate, metrics, log)
-	if cfg.debugAddr != "" {
-		stopDebug, err := serveDebug(cfg.debugAddr, metrics, log)
-		if err != nil {
-			return fmt.Errorf("DEBUG_ADDR=%q: %w", cfg.debugAddr, err)
-		}
-		defer stopDebug()
-	}
 	listener, err := net.Listen("tcp", cfg.addr)
 	if err != nil {
 		return fmt.Errorf("ADDR=%q: %w", cfg.addr, err)
 	}
-	log.Info("listening", "addr", listener.Addr().String(), "accounts", cfg.dbPath, "sessions", backend, "version", buildVersion())
+	build, _ := debug.ReadBuildInfo()
+	if cfg.debugAddr != "" {
+		metrics.Set("version", expvar.Func(func() any { return build.Main.Version + " " + build.GoVersion }))
+		if err := serveDebug(cfg.debugAddr, metrics, log); err != nil {
+			return fmt.Errorf("DEBUG_ADDR=%q: %w", cfg.debugAddr, err)
+		}
+	}
 	if !cfg.cookieSecure {
 		log.Warn("COOKIE_SECURE=false: session cookies travel over plain HTTP, where anybody on the way can read them")
 	}
-	return serveHTTP(ctx, listener, s, log)
+	log.Info("listening", "addr", listener.Addr().String(), "accounts", cfg.dbPath, "sessions", backend, "version", build.Main.Version)
+	return serveHTTP(ctx, listener, newServer(cfg, db, sessions, gate, metrics, log), log)
 }
 
 // serveHTTP serves until ctx ends, then drains. The requests' contexts are not ctx's children: draining
 // must finish what runs, not cancel it.
 func serveHTTP(ctx context.Context, listener net.Listener, s *server, log *slog.Logger) error {
 	hs := &http.Server{
-		Handler: s, MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		ReadHeaderTimeout: headerTimeout, ReadTimeout: headerTimeout, // readForm allows more for a body
-		WriteTimeout: answerTimeout, IdleTimeout: idleTimeout,
+		Handler: s, MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second, // readForm allows more for a body
+		WriteTimeout:                 30 * time.Second, // from the end of the headers: body, queue for bcrypt, stores, writing
+		IdleTimeout:                  2 * time.Minute,
 		DisableGeneralOptionsHandler: true, // or "OPTIONS *" is answered without our headers
 	}
 	served := make(chan error, 1)
@@ -218,27 +190,26 @@ func serveHTTP(ctx context.Context, listener net.Listener, s *server, log *slog.
 	}
 	s.draining.Store(true)
 	log.Info("shutting down")
-	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	// Shutdown closes a keep-alive connection that looks idle although its next request may be on the
 	// way. So for a moment only the listener is closed, and each answer says that it is the last.
 	listener.Close()
-	time.Sleep(drainGrace)
+	time.Sleep(250 * time.Millisecond)
 	if err := hs.Shutdown(ctx); err != nil {
 		hs.Close()
-		log.Warn("requests cut off", "after_s", drainTimeout.Seconds())
+		log.Warn("requests cut off", "err", err)
 	}
 	log.Info("stopped")
 	return nil
 }
 
-// serveDebug serves expvar and pprof on an address of their own.
-func serveDebug(addr string, metrics *expvar.Map, log *slog.Logger) (stop func() error, err error) {
+// serveDebug serves expvar and pprof on an address of their own, until the process ends.
+func serveDebug(addr string, metrics *expvar.Map, log *slog.Logger) error {
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	metrics.Set("version", expvar.Func(func() any { return buildVersion() }))
 	metrics.Set("memstats", expvar.Get("memstats"))
 	mux := http.NewServeMux()
 	mux.Handle("/debug/pprof/", http.DefaultServeMux)
@@ -246,34 +217,20 @@ func serveDebug(addr string, metrics *expvar.Map, log *slog.Logger) (stop func()
 		w.Header().Set("Content-Type", "application/json")
 		io.WriteString(w, metrics.String())
 	})
-	hs := &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout}
-	go hs.Serve(listener)
+	go (&http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}).Serve(listener)
 	log.Info("debug listening", "addr", listener.Addr().String())
 	if !listener.Addr().(*net.TCPAddr).IP.IsLoopback() {
 		log.Warn("DEBUG_ADDR is not a loopback address: whoever reaches it can profile this process")
 	}
-	return hs.Close, nil
+	return nil
 }
 
 // checkHealth asks the service that listens on addr whether it is well. No host in addr means this one.
 func checkHealth(addr string) error {
 	client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{}} // no proxy from the environment in between
 	resp, err := client.Get("http://" + addr + "/healthz")
-	if err != nil {
-		return err
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = errors.New("healthz: " + resp.Status)
 	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return errors.New("healthz: " + resp.Status)
-	}
-	return nil
-}
-
-// buildVersion is the module's version, which holds the commit when the build knew it, and Go's.
-func buildVersion() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	return info.Main.Version + " " + info.GoVersion
+	return err
 }

@@ -29,10 +29,7 @@ type User struct {
 	UpdatedAt string `json:"updateAt" redis:"updatedAt"`
 }
 
-var (
-	errEmailTaken   = errors.New("email is registered already")
-	errUserNotFound = errors.New("no such user")
-)
+var errUserNotFound = errors.New("no such user")
 
 //go:embed schema.sql
 var schema string
