@@ -50,17 +50,18 @@ type server struct {
 type handler func(w http.ResponseWriter, r *http.Request) (status int, body any, err error)
 
 func newServer(cfg config, db *database, sessions SessionStore, gate *gate, metrics *expvar.Map, log *slog.Logger) *server {
-	s := &server{cfg: cfg, db: db, sessions: sessions, gate: gate, metrics: metrics, log: log, throttle: throttle{emptyAt: map[string]time.Duration{}}}
+	s := &server{cfg: cfg, db: db, sessions: sessions, gate: gate, throttle: throttle{emptyAt: map[string]time.Duration{}}, metrics: metrics, log: log}
 	for pattern, handle := range map[string]handler{
 		"GET /user": s.showUser, "POST /user": s.register, "/user": only("GET, HEAD, POST"),
 		"POST /user/signin": s.signIn, "/user/signin": only("POST"),
 		"DELETE /user/session": s.signOut, "/user/session": only("DELETE"),
 		"GET /healthz": s.health, "/healthz": only("GET, HEAD"),
-		"/": func(http.ResponseWriter, *http.Request) (int, any, error) {
-			return 0, nil, newProblem(http.StatusNotFound, "There is nothing at this path.")
-		},
+		"/": func(http.ResponseWriter, *http.Request) (int, any, error) { return 0, nil, errNotFound },
 	} {
-		s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) { s.answer(w, r, handle) })
+		s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			status, body, err := handle(w, r)
+			s.answer(w, r, status, body, err)
+		})
 	}
 	metrics.Set("bcryptBusy", expvar.Func(func() any { return len(gate.slots) }))
 	metrics.Set("bcryptWaiting", expvar.Func(func() any { return len(gate.queue) }))
@@ -76,53 +77,44 @@ func only(methods string) handler {
 }
 
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if path.Clean("/"+r.URL.Path) != r.URL.Path { // "*" and "" too: the mux would answer by itself, without our headers
-		r.URL.Path, r.RequestURI = "/", "/"
+	defer func() {
+		if p := recover(); p != nil {
+			s.answer(w, r, 0, nil, fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
+		}
+	}()
+	if s.crossOrigin.Check(r) != nil {
+		s.answer(w, r, 0, nil, errCrossOrigin)
+	} else if path.Clean("/"+r.URL.Path) != r.URL.Path { // "*" and "" too: the mux would answer by itself
+		s.answer(w, r, 0, nil, errNotFound)
+	} else {
+		s.mux.ServeHTTP(w, r)
 	}
-	s.mux.ServeHTTP(w, r)
 }
 
 // answer is the one place that writes, and gives every answer what all have in common.
-func (s *server) answer(w http.ResponseWriter, r *http.Request, handle handler) {
-	header := w.Header()
+func (s *server) answer(w http.ResponseWriter, r *http.Request, status int, body any, err error) {
+	header, contentType := w.Header(), "application/json"
 	header.Set("Cache-Control", "no-store")
 	header.Set("X-Content-Type-Options", "nosniff")
-	header.Set("Content-Type", "application/json")
-	status, body, err := s.call(handle, w, r)
 	if s.draining.Load() {
 		header.Set("Connection", "close")
 	}
 	if err != nil {
 		p := s.problemOf(r, err)
 		if p.retryAfter > 0 {
-			header.Set("Retry-After", strconv.Itoa(int((p.retryAfter+time.Second-1)/time.Second)))
+			header.Set("Retry-After", strconv.Itoa(1+int(p.retryAfter/time.Second)))
 		}
-		header.Set("Content-Type", "application/problem+json")
 		header.Del("Set-Cookie")
-		status, body = p.Status, p
+		status, body, contentType = p.Status, p, "application/problem+json"
 	}
-	s.metrics.Add(r.Pattern+" "+strconv.Itoa(status), 1)
-	if body == nil {
-		header.Del("Content-Type")
-		w.WriteHeader(status)
-		return
+	s.metrics.Add(cmp.Or(r.Pattern, "/")+" "+strconv.Itoa(status), 1)
+	var text []byte
+	if body != nil {
+		header.Set("Content-Type", contentType)
+		text, _ = json.Marshal(body) // structs and maps of strings: nothing that could fail
 	}
-	text, _ := json.Marshal(body) // structs and maps of strings: nothing that could fail
 	w.WriteHeader(status)
 	w.Write(text)
-}
-
-// call runs a handler, unless a browser sent the request from another origin. A panic is an error.
-func (s *server) call(handle handler, w http.ResponseWriter, r *http.Request) (status int, body any, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
-		}
-	}()
-	if s.crossOrigin.Check(r) != nil {
-		return 0, nil, newProblem(http.StatusForbidden, "A browser sent this from another site. Send it from the service's own origin.")
-	}
-	return handle(w, r)
 }
 
 type registration struct {
@@ -141,7 +133,7 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	user := User{newUUID(), form["name"], form["email"], now, now}
 	// Only a short cut, which spares a bcrypt: the table's UNIQUE decides.
 	if _, _, err := s.db.UserByEmail(r.Context(), user.Email); !errors.Is(err, errUserNotFound) {
-		return 0, nil, cmp.Or(err, errEmailTaken)
+		return 0, nil, cmp.Or(err, error(errEmailTaken))
 	}
 	passwordHash, err := s.hashPassword(r.Context(), form["password"])
 	if err != nil {
@@ -378,19 +370,18 @@ type problem struct {
 func (p *problem) Error() string { return p.Detail }
 
 func newProblem(status int, detail string) *problem {
-	return &problem{Title: http.StatusText(status), Status: status, Detail: detail}
-}
-
-func (p *problem) after(wait time.Duration) *problem {
-	p.retryAfter = wait
-	return p
+	return &problem{http.StatusText(status), status, detail, nil, 0}
 }
 
 var (
-	errNoSession     error = newProblem(http.StatusUnauthorized, "There is no session. Sign in.")
-	errWrongPassword error = newProblem(http.StatusUnauthorized, "The email or the password is wrong.")
-	errEmailTaken    error = newProblem(http.StatusConflict, "This email is registered already. Sign in, or use another one.")
-	errTooBusy       error = newProblem(http.StatusServiceUnavailable, "Too many people are signing in. Try again.").after(10 * time.Second)
+	errNoSession     = newProblem(http.StatusUnauthorized, "There is no session. Sign in.")
+	errWrongPassword = newProblem(http.StatusUnauthorized, "The email or the password is wrong.")
+	errCrossOrigin   = newProblem(http.StatusForbidden, "A browser sent this from another site. Send it from the service's own origin.")
+	errNotFound      = newProblem(http.StatusNotFound, "There is nothing at this path.")
+	errEmailTaken    = newProblem(http.StatusConflict, "This email is registered already. Sign in, or use another one.")
+	errTooBusy       = &problem{"Service Unavailable", 503, "Too many people are signing in. Try again.", nil, 9 * time.Second}
+	errOutOfReach    = &problem{"Service Unavailable", 503, "The service cannot reach its data. Try again.", nil, time.Second}
+	errFault         = newProblem(http.StatusInternalServerError, "The service failed. The fault is logged.")
 )
 
 // problemOf is the one place where an error becomes a status. It logs what is the service's trouble, of
@@ -405,14 +396,14 @@ func (s *server) problemOf(r *http.Request, err error) *problem {
 	}
 	if !errors.Is(err, errUnavailable) && !errors.Is(err, context.Canceled) {
 		s.log.Error("request failed", "method", r.Method, "path", r.URL.Path, "err", err)
-		return newProblem(http.StatusInternalServerError, "The service failed. The fault is logged.")
+		return errFault
 	}
 	now := time.Now().Unix()
 	if last := s.outageAt.Load(); r.Context().Err() == nil && now > last && s.outageAt.CompareAndSwap(last, now) {
 		s.log.Error("store out of reach", "err", err)
 	}
 	s.metrics.Add("storeErrors", 1)
-	return newProblem(http.StatusServiceUnavailable, "The service cannot reach its data. Try again.").after(2 * time.Second)
+	return errOutOfReach
 }
 
 // A sign-in is answered within 10 s: half of it is for the queue, and half for bcrypt, which takes 2 s
@@ -479,7 +470,7 @@ func (t *throttle) add(email string, client netip.Addr, n time.Duration) error {
 	now := time.Duration(time.Now().UnixNano())
 	pair, all := string(hashID(client.String()+" "+email)), string(hashID(email))
 	if wait := max(t.emptyAt[pair]-9*time.Minute, t.emptyAt[all]-99*6*time.Second) - now; wait > 0 && n >= 0 {
-		return newProblem(http.StatusTooManyRequests, "Too many failed sign-ins for this account. Wait before the next try.").after(wait)
+		return &problem{"Too Many Requests", 429, "Too many failed sign-ins for this account. Wait before the next try.", nil, wait}
 	}
 	if len(t.emptyAt) >= t.sweepAt {
 		maps.DeleteFunc(t.emptyAt, func(_ string, emptyAt time.Duration) bool { return emptyAt <= now })

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"time"
 
 	"modernc.org/sqlite"
@@ -31,16 +32,10 @@ type User struct {
 
 var errUserNotFound = errors.New("no such user")
 
+const writeTimeout = 2500 * time.Millisecond // more than the 2 s for which SQLite waits for another process
+
 //go:embed schema.sql
 var schema string
-
-// A write waits for another process at most busyTimeout, and with its turn at the one writer takes at
-// most writeTimeout, which is under the 3 s of the contract.
-const (
-	busyTimeout  = 2000 * time.Millisecond
-	writeTimeout = 2500 * time.Millisecond
-	sweepLimit   = 100 // expired sessions deleted by each creation
-)
 
 // database is the SQLite file: one connection that writes, as SQLite allows no more, and several that
 // read, which in WAL mode never wait for it.
@@ -59,8 +54,7 @@ func openDatabase(path string) (*database, error) {
 	file.Close()
 	// The pragmas stand in the name so that every connection of a pool has them. synchronous(FULL): a 201
 	// must outlive a power cut. temp_store(MEMORY): a scratch image has no /tmp.
-	name := "file:" + (&url.URL{Path: filepath.ToSlash(filepath.Clean(path))}).EscapedPath() +
-		fmt.Sprintf("?_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()) +
+	name := "file:" + (&url.URL{Path: filepath.ToSlash(filepath.Clean(path))}).EscapedPath() + "?_pragma=busy_timeout(2000)" +
 		"&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=foreign_keys(1)&_pragma=temp_store(MEMORY)"
 	db := &database{}
 	db.writer, _ = sql.Open("sqlite", name+"&_txlock=immediate") // opening only parses the name
@@ -69,8 +63,8 @@ func openDatabase(path string) (*database, error) {
 	db.reader.SetMaxOpenConns(runtime.NumCPU() + 1)
 	db.reader.SetMaxIdleConns(runtime.NumCPU() + 1)
 	if _, err = db.writer.Exec(schema); err == nil {
-		db.sessionByHash, err = db.reader.Prepare(`SELECT user_id, name, email, created_at, updated_at
-			FROM sessions WHERE id_hash = ? AND expires_at > ?`)
+		db.sessionByHash, err = db.reader.Prepare(
+			`SELECT user_id, name, email, created_at, updated_at FROM sessions WHERE id_hash = ? AND expires_at > ?`)
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("applying the schema: %w", err), db.Close())
@@ -83,16 +77,15 @@ func (db *database) Close() error { return errors.Join(db.reader.Close(), db.wri
 
 // Ping reads from the users table.
 func (db *database) Ping(ctx context.Context) error {
-	var n int
-	err := db.reader.QueryRowContext(ctx, `SELECT count(*) FROM (SELECT 1 FROM users LIMIT 1)`).Scan(&n)
-	return storeError("reading users", err)
+	row := db.reader.QueryRowContext(ctx, `SELECT count(*) FROM (SELECT 1 FROM users LIMIT 1)`)
+	return storeError("reading users", row.Scan(new(int)))
 }
 
 // InsertUser stores a new account; errEmailTaken when its email has one.
-func (db *database) InsertUser(ctx context.Context, user User, passwordHash string) error {
-	err := db.write(ctx, "inserting user", statement{
+func (db *database) InsertUser(ctx context.Context, u User, passwordHash string) error {
+	err := db.write(ctx, "inserting user", []any{
 		`INSERT INTO users (id, name, email, created_at, updated_at, password_hash) VALUES (?, ?, ?, ?, ?, ?)`,
-		[]any{user.ID, user.Name, user.Email, user.CreatedAt, user.UpdatedAt, passwordHash}})
+		u.ID, u.Name, u.Email, u.CreatedAt, u.UpdatedAt, passwordHash})
 	if sqliteCode(err) == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
 		return errEmailTaken
 	}
@@ -100,50 +93,45 @@ func (db *database) InsertUser(ctx context.Context, user User, passwordHash stri
 }
 
 // UserByEmail returns the account with that email and its password hash, or errUserNotFound.
-func (db *database) UserByEmail(ctx context.Context, email string) (user User, passwordHash string, err error) {
-	err = db.reader.QueryRowContext(ctx,
-		`SELECT id, name, email, created_at, updated_at, password_hash FROM users WHERE email = ?`, email).Scan(
-		&user.ID, &user.Name, &user.Email, &user.CreatedAt, &user.UpdatedAt, &passwordHash)
+func (db *database) UserByEmail(ctx context.Context, email string) (u User, passwordHash string, err error) {
+	row := db.reader.QueryRowContext(ctx,
+		`SELECT id, name, email, created_at, updated_at, password_hash FROM users WHERE email = ?`, email)
+	err = row.Scan(&u.ID, &u.Name, &u.Email, &u.CreatedAt, &u.UpdatedAt, &passwordHash)
 	if errors.Is(err, sql.ErrNoRows) {
 		return User{}, "", errUserNotFound
 	}
-	return user, passwordHash, storeError("finding user by email", err)
+	return u, passwordHash, storeError("finding user by email", err)
 }
 
 // ReplacePasswordHash stores a password hash anew, unless it is no longer the old one.
 func (db *database) ReplacePasswordHash(ctx context.Context, userID, old, new string) error {
-	return db.write(ctx, "replacing password hash", statement{
-		`UPDATE users SET password_hash = ? WHERE id = ? AND password_hash = ?`, []any{new, userID, old}})
+	return db.write(ctx, "replacing password hash",
+		[]any{`UPDATE users SET password_hash = ? WHERE id = ? AND password_hash = ?`, new, userID, old})
 }
 
-type statement struct {
-	query string
-	args  []any
-}
-
-// write runs statements in one transaction, in bounded time, and not cancelled half way when the client
-// hangs up.
-func (db *database) write(ctx context.Context, doing string, statements ...statement) error {
+// write runs statements, each with its arguments behind it, in one transaction. It is not cancelled when the
+// client hangs up, and with its turn at the one writer takes at most writeTimeout, under the contract's 3 s.
+func (db *database) write(ctx context.Context, doing string, statements ...[]any) (err error) {
+	defer func() { err = storeError(doing, err) }()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
 	defer cancel()
 	tx, err := db.writer.BeginTx(ctx, nil)
 	if err != nil {
-		return storeError(doing, err)
+		return err
 	}
 	defer tx.Rollback()
 	for _, st := range statements {
-		if _, err := tx.ExecContext(ctx, st.query, st.args...); err != nil {
-			return storeError(doing, err)
+		if _, err := tx.ExecContext(ctx, st[0].(string), st[1:]...); err != nil {
+			return err
 		}
 	}
-	return storeError(doing, tx.Commit())
+	return tx.Commit()
 }
 
 // sqliteCode returns SQLite's extended result code (https://www.sqlite.org/rescode.html), 0 when err is
 // none of SQLite's.
 func sqliteCode(err error) int {
-	var e *sqlite.Error
-	if errors.As(err, &e) {
+	if e, ok := errors.AsType[*sqlite.Error](err); ok {
 		return e.Code()
 	}
 	return 0
@@ -155,50 +143,39 @@ func storeError(doing string, err error) error {
 	if err == nil {
 		return nil
 	}
-	switch sqliteCode(err) & 0xff { // the primary code
-	case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE:
-		return fmt.Errorf("%s: %w", doing, err)
-	case 0:
-		if !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, sql.ErrTxDone) { // rolled back, late
-			return fmt.Errorf("%s: %w", doing, err)
-		}
+	late := errors.Is(err, context.DeadlineExceeded) || errors.Is(err, sql.ErrTxDone) // rolled back at its deadline
+	ours := []int{0, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE}
+	if late || !slices.Contains(ours, sqliteCode(err)&0xff) { // the primary code
+		err = unavailable(err)
 	}
-	return fmt.Errorf("%s: %w", doing, unavailable(err))
+	return fmt.Errorf("%s: %w", doing, err)
 }
 
 // sqliteSessions is the embedded session backend: rows beside the accounts, which outlive a restart.
 type sqliteSessions struct{ *database }
 
-func (s *sqliteSessions) Create(ctx context.Context, id, replaced string, user User, ttl time.Duration) error {
+// Create sweeps a hundred expired sessions, too.
+func (s *sqliteSessions) Create(ctx context.Context, id, replaced string, u User, ttl time.Duration) error {
 	now := time.Now()
-	return s.write(ctx, "creating session", statement{
-		`DELETE FROM sessions WHERE id_hash = ? OR id_hash IN
-			(SELECT id_hash FROM sessions WHERE expires_at <= ? LIMIT ?)`,
-		[]any{hashID(replaced), now.UnixMilli(), sweepLimit},
-	}, statement{
-		`INSERT INTO sessions (id_hash, user_id, name, email, created_at, updated_at, expires_at)
-			VALUES (?, ?, ?, ?, ?, ?, ?)`,
-		[]any{hashID(id), user.ID, user.Name, user.Email, user.CreatedAt, user.UpdatedAt, now.Add(ttl).UnixMilli()},
-	})
+	return s.write(ctx, "creating session", []any{`DELETE FROM sessions WHERE id_hash = ? OR id_hash IN
+			(SELECT id_hash FROM sessions WHERE expires_at <= ? LIMIT 100)`, hashID(replaced), now.UnixMilli(),
+	}, []any{`INSERT INTO sessions (id_hash, user_id, name, email, created_at, updated_at, expires_at) VALUES (?, ?, ?, ?, ?, ?, ?)`,
+		hashID(id), u.ID, u.Name, u.Email, u.CreatedAt, u.UpdatedAt, now.Add(ttl).UnixMilli()})
 }
 
-func (s *sqliteSessions) Get(ctx context.Context, id string) (user User, err error) {
-	// Not ctx: database/sql and the driver would start a goroutine each to watch it, for a read that takes
-	// microseconds.
-	row := s.sessionByHash.QueryRowContext(context.Background(), hashID(id), time.Now().UnixMilli())
-	err = row.Scan(&user.ID, &user.Name, &user.Email, &user.CreatedAt, &user.UpdatedAt)
+// Get does not watch ctx: database/sql and the driver would start a goroutine each for a read of microseconds.
+func (s *sqliteSessions) Get(_ context.Context, id string) (u User, err error) {
+	row := s.sessionByHash.QueryRow(hashID(id), time.Now().UnixMilli())
+	err = row.Scan(&u.ID, &u.Name, &u.Email, &u.CreatedAt, &u.UpdatedAt)
 	if errors.Is(err, sql.ErrNoRows) {
 		return User{}, errNoSession
 	}
-	return user, storeError("looking a session up", err)
+	return u, storeError("looking a session up", err)
 }
 
 func (s *sqliteSessions) Delete(ctx context.Context, id string) error {
-	return s.write(ctx, "deleting session", statement{`DELETE FROM sessions WHERE id_hash = ?`, []any{hashID(id)}})
+	return s.write(ctx, "deleting session", []any{`DELETE FROM sessions WHERE id_hash = ?`, hashID(id)})
 }
-
-// Close leaves the database to whoever opened it.
-func (s *sqliteSessions) Close() error { return nil }
 
 func hashID(id string) []byte {
 	sum := sha256.Sum256([]byte(id))
