@@ -101,13 +101,10 @@ func loadConfig(getenv func(string) string) (cfg config, err error) {
 	})
 	read("TRUSTED_PROXIES", "", "comma-separated CIDRs, such as 10.0.0.0/8,192.0.2.7/32", func(v string) bool {
 		for cidr := range strings.SplitSeq(v, ",") {
-			proxies, err := netip.ParsePrefix(strings.TrimSpace(cidr))
-			if err != nil {
-				return false
-			}
+			proxies, _ := netip.ParsePrefix(strings.TrimSpace(cidr))
 			cfg.trustedProxies = append(cfg.trustedProxies, proxies)
 		}
-		return true
+		return !slices.Contains(cfg.trustedProxies, netip.Prefix{}) // what could not be parsed
 	})
 	return cfg, errors.Join(errs...)
 }
@@ -147,7 +144,7 @@ func serve(ctx context.Context, cfg config, gate *gate, log *slog.Logger) error 
 	metrics := new(expvar.Map)
 	backend, sessions := "sqlite "+cfg.dbPath, SessionStore(&sqliteSessions{db}) // another backend is wired here
 	if cfg.redis != nil {
-		backend, sessions = cfg.redis.String(), newRedisSessions(cfg.redis, metrics)
+		backend, sessions = redactURL(cfg.redis.url), newRedisSessions(cfg.redis, metrics)
 	}
 	defer sessions.Close()
 	if err := sessions.Ping(ctx); err != nil {

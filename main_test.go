@@ -1807,7 +1807,7 @@ func TestRedisURLs(t *testing.T) {
 	} {
 		if got, ok := parseRedisURL(url); !ok || fmt.Sprint(*got) != fmt.Sprint(want) {
 			t.Errorf("%s: got %v, %v, want %v", url, got, ok, want)
-		} else if text := got.String(); strings.Contains(text, "@") || !strings.Contains(text, got.addrs[0]) {
+		} else if text := redactURL(got.url); strings.Contains(text, "@") || !strings.Contains(text, got.addrs[0]) {
 			t.Errorf("%s: shown as %s", url, text)
 		}
 	}

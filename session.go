@@ -26,8 +26,8 @@ import (
 // slow request writes after a sign-out.
 //
 // Every method may be called from any goroutine, gives up within 3 s, and keeps "there is no such
-// session" (errNoSession) apart from "I could not find out" (an error wrapping errUnavailable): the
-// first signs a user out, the second must not.
+// session" (errNoSession), which signs a user out, apart from "I could not find out" (an error wrapping
+// errUnavailable), which must not.
 type SessionStore interface {
 	// Create makes session id for user, to live for ttl (whole seconds), and in the same step deletes
 	// the session that it replaces unless replaced is empty. After an error no session id exists that
@@ -45,6 +45,9 @@ type SessionStore interface {
 }
 
 var errUnavailable = errors.New("store unavailable")
+
+// unavailable marks err as a store's failure to answer.
+func unavailable(err error) error { return fmt.Errorf("%w: %w", errUnavailable, err) }
 
 // timeFormat is how times are stored and sent: UTC, milliseconds, as JavaScript's Date.toISOString.
 const timeFormat = "2006-01-02T15:04:05.000Z"
@@ -77,11 +80,10 @@ const cookieName = "session-id"
 
 // sessionID returns the session id in the request's cookie, or "" when there is none that could be one.
 func sessionID(r *http.Request) string {
-	cookie, err := r.Cookie(cookieName)
-	if err != nil || !isUUID(cookie.Value) {
-		return ""
+	if cookie, err := r.Cookie(cookieName); err == nil && isUUID(cookie.Value) {
+		return cookie.Value
 	}
-	return cookie.Value
+	return ""
 }
 
 // setSessionCookie sends the session cookie; an empty id clears it.
@@ -96,14 +98,10 @@ func (s *server) setSessionCookie(w http.ResponseWriter, id string) {
 
 // redisTarget is where sessions are: one Redis, or the primary of a name that sentinels know.
 type redisTarget struct {
-	url             string
-	scheme, account string   // account: "user:password@", percent-encoded, or ""
-	addrs           []string // host:port of the Redis, or of each sentinel
-	primary, db     string   // primary: its name, "" without sentinels; db: "/number" or ""
+	url, scheme, account string   // account: "user:password@", percent-encoded, or ""
+	addrs                []string // host:port of the Redis, or of each sentinel
+	primary, db          string   // primary: its name, "" without sentinels; db: "/number" or ""
 }
-
-// String is the URL without user and password.
-func (t *redisTarget) String() string { return redactURL(t.url) }
 
 const redisURLForms = "redis://[user:password@]host:port[/db], rediss://… for TLS, or " +
 	"redis-sentinel://[user:password@]host:port[,host:port…]/primary[/db], special characters percent-encoded"
@@ -114,8 +112,7 @@ func parseRedisURL(value string) (t *redisTarget, ok bool) {
 	if strings.HasPrefix(value, "redis-sentinel:") {
 		hosts = `([^@/?#]+)/([^/?#]+)`
 	}
-	form := regexp.MustCompile(`^(rediss?|redis-sentinel)://((?:[^:@/?#]*:[^@/?#]+@)?)` + hosts + `((?:/\d{0,9})?)$`)
-	m := form.FindStringSubmatch(value)
+	m := regexp.MustCompile(`^(rediss?|redis-sentinel)://((?:[^:@/?#]*:[^@/?#]+@)?)` + hosts + `((?:/\d{0,9})?)$`).FindStringSubmatch(value)
 	if m == nil {
 		return nil, false
 	}
@@ -227,15 +224,14 @@ func (g *guardedConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// How long and how much the Redis backend may take.
+// How long and how much an exchange with Redis may take. An operation waits for the exchange before its own, too.
 const (
-	exchangeTimeout = 1000 * time.Millisecond // connecting, writing, reading and one retry
-	waitTimeout     = 2000 * time.Millisecond // waiting for the batch before and for one's own
-	sentinelTimeout = 250 * time.Millisecond  // for one sentinel and the primary that it names
-	connLifetime    = time.Minute             // so that a failover behind a stable name is noticed
-	maxBatch        = 256
-	maxReplies      = 4 << 20 // bytes of memory for the replies of an exchange
-	element         = 64      // bytes that redigo spends on a reply of any kind, at least
+	exchangeTimeout = time.Second            // connecting, writing, reading and one retry
+	sentinelTimeout = 250 * time.Millisecond // for one sentinel and the primary that it names
+	connLifetime    = time.Minute            // so that a failover behind a stable name is noticed
+	maxBatch        = 4096                   // operations
+	maxReplies      = 16 << 20               // bytes of memory
+	element         = 64                     // bytes that redigo spends on a reply of any kind, at least
 )
 
 // redisSessions is the Redis backend: one hash a session, as the original program wrote them.
@@ -245,37 +241,34 @@ const (
 type redisSessions struct {
 	target  *redisTarget
 	metrics *expvar.Map
-	waiting chan *operation
-	turn    chan struct{} // full while a batch is on the wire
-	conn    redis.Conn    // nil before the first exchange and after one that failed
+	waiting chan *operation // at most maxBatch
+	turn    chan struct{}   // full while a batch is on the wire
+	conn    redis.Conn      // nil before the first dial
 	dialed  time.Time
 	refused atomic.Bool // a reply on conn was an error or in the wrong shape: it is not used again
 }
 
 // operation is what one request wants of Redis: commands, of which the last one's reply tells.
 type operation struct {
-	cmds     []command
+	cmds     [][]any
 	nonce    string // of the PING behind them
-	since    time.Time
 	answered chan struct{}
 	reply    any
 	err      error
 }
 
-type command []any // its name first
-
 func newRedisSessions(target *redisTarget, metrics *expvar.Map) *redisSessions {
-	return &redisSessions{target: target, metrics: metrics, waiting: make(chan *operation, 16384), turn: make(chan struct{}, 1)}
+	return &redisSessions{target: target, metrics: metrics, waiting: make(chan *operation, maxBatch), turn: make(chan struct{}, 1)}
 }
 
 func sessionKey(id string) string { return "session:" + id }
 
 func (s *redisSessions) Create(ctx context.Context, id, replaced string, u User, ttl time.Duration) error {
-	cmds := []command{{"MULTI"},
+	cmds := [][]any{{"MULTI"},
 		{"HSET", sessionKey(id), "id", u.ID, "name", u.Name, "email", u.Email, "createdAt", u.CreatedAt, "updatedAt", u.UpdatedAt},
 		{"EXPIRE", sessionKey(id), int64(ttl / time.Second)}, {"EXEC"}}
 	if replaced != "" {
-		cmds = slices.Insert(cmds, 1, command{"DEL", sessionKey(replaced)})
+		cmds = slices.Insert(cmds, 1, []any{"DEL", sessionKey(replaced)})
 	}
 	results, err := redis.Int64s(s.do(cmds...))
 	if n := len(results); err == nil && (n != len(cmds)-2 || results[n-1] != 1) {
@@ -288,12 +281,12 @@ func (s *redisSessions) Create(ctx context.Context, id, replaced string, u User,
 }
 
 func (s *redisSessions) Get(_ context.Context, id string) (User, error) {
-	user, err := userOfHash(s.do(command{"HGETALL", sessionKey(id)}))
+	user, err := userOfHash(s.do([]any{"HGETALL", sessionKey(id)}))
 	return user, s.trouble(err)
 }
 
 func (s *redisSessions) Delete(_ context.Context, id string) error {
-	_, err := redis.Int64(s.do(command{"DEL", sessionKey(id)}))
+	_, err := redis.Int64(s.do([]any{"DEL", sessionKey(id)}))
 	return s.trouble(err)
 }
 
@@ -303,8 +296,9 @@ func (s *redisSessions) Ping(context.Context) error {
 }
 
 func (s *redisSessions) Close() error {
-	s.turn <- struct{}{}
-	s.hangUp()
+	if s.turn <- struct{}{}; s.conn != nil {
+		return s.conn.Close()
+	}
 	return nil
 }
 
@@ -319,8 +313,8 @@ func (s *redisSessions) trouble(err error) error {
 
 // do returns the last command's reply. It does not end with the request's context: it is answered in time,
 // and waiting for either would cost more than the whole lookup.
-func (s *redisSessions) do(cmds ...command) (any, error) {
-	op := &operation{cmds: cmds, since: time.Now(), answered: make(chan struct{})}
+func (s *redisSessions) do(cmds ...[]any) (any, error) {
+	op := &operation{cmds: cmds, answered: make(chan struct{})}
 	s.waiting <- op
 	for {
 		select {
@@ -328,7 +322,6 @@ func (s *redisSessions) do(cmds ...command) (any, error) {
 			return op.reply, op.err
 		case s.turn <- struct{}{}: // nobody is at it: this goroutine serves all that wait
 			s.serveBatch()
-			<-s.turn
 		}
 	}
 }
@@ -337,29 +330,21 @@ func (s *redisSessions) do(cmds ...command) (any, error) {
 // tried once more on a fresh one: all that this store does can be done twice.
 func (s *redisSessions) serveBatch() {
 	runtime.Gosched() // requests that are ready to run come first, and into this batch
-	batch := make([]*operation, min(len(s.waiting), maxBatch))
-	if len(batch) == 0 {
-		return
+	var batch []*operation
+	var err error
+	for range len(s.waiting) {
+		batch = append(batch, <-s.waiting)
 	}
-	for i := range batch {
-		batch[i] = <-s.waiting
-	}
-	s.metrics.Add("sessionBatches", 1)
-	deadline := time.Now().Add(min(exchangeTimeout, waitTimeout-time.Since(batch[0].since)))
-	err := s.exchange(deadline, batch)
-	if err != nil && time.Now().Before(deadline) {
+	defer func() {
+		for _, op := range batch {
+			op.err = err
+			close(op.answered)
+		}
+		<-s.turn
+	}()
+	deadline := time.Now().Add(exchangeTimeout)
+	if err = s.exchange(deadline, batch); err != nil && time.Now().Before(deadline) {
 		err = s.exchange(deadline, batch)
-	}
-	for _, op := range batch {
-		op.err = err
-		close(op.answered)
-	}
-}
-
-func (s *redisSessions) hangUp() {
-	if s.conn != nil {
-		s.conn.Close()
-		s.conn = nil
 	}
 }
 
@@ -368,13 +353,10 @@ func (s *redisSessions) hangUp() {
 // connection is closed. One that is a single reply out of step would hand each client the session of the
 // one before it.
 func (s *redisSessions) exchange(deadline time.Time, batch []*operation) (err error) {
-	defer func() {
-		if err != nil {
-			s.hangUp()
+	if s.refused.Swap(false) || s.conn == nil || s.conn.Err() != nil || time.Since(s.dialed) > connLifetime {
+		if s.conn != nil {
+			s.conn.Close()
 		}
-	}()
-	if refused := s.refused.Swap(false); s.conn == nil || refused || time.Since(s.dialed) > connLifetime {
-		s.hangUp()
 		ctx, cancel := context.WithDeadline(context.Background(), deadline)
 		defer cancel()
 		if s.conn, err = s.target.dial(ctx); err != nil {
@@ -384,21 +366,23 @@ func (s *redisSessions) exchange(deadline time.Time, batch []*operation) (err er
 	}
 	for _, op := range batch {
 		op.nonce = rand.Text()
-		for _, cmd := range append(slices.Clip(op.cmds), command{"PING", op.nonce}) {
+		for _, cmd := range append(slices.Clip(op.cmds), []any{"PING", op.nonce}) {
 			s.conn.Send(cmd[0].(string), cmd[1:]...) // what fails shows below
 		}
 	}
 	replies, err := redis.Values(redis.DoWithTimeout(s.conn, max(1, time.Until(deadline)), ""))
 	if err != nil {
-		return err
+		return err // and the connection is closed
 	}
 	for _, op := range batch {
 		n := len(op.cmds)
 		if pong, _ := replies[n].([]byte); string(pong) != op.nonce {
+			s.conn.Close()
 			return errors.New("replies out of step")
 		}
 		op.reply, replies = replies[max(0, n-1)], replies[n+1:]
 	}
+	s.metrics.Add("sessionBatches", 1)
 	return nil
 }
 
@@ -420,6 +404,3 @@ func userOfHash(reply any, err error) (user User, _ error) {
 	}
 	return user, nil
 }
-
-// unavailable marks err as a store's failure to answer.
-func unavailable(err error) error { return fmt.Errorf("%w: %w", errUnavailable, err) }
