@@ -135,7 +135,11 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	if _, _, err := s.db.UserByEmail(r.Context(), user.Email); !errors.Is(err, errUserNotFound) {
 		return 0, nil, cmp.Or(err, error(errEmailTaken))
 	}
-	passwordHash, err := s.hashPassword(r.Context(), form["password"])
+	if err := s.gate.enter(r.Context()); err != nil {
+		return 0, nil, err
+	}
+	passwordHash, err := bcrypt.GenerateFromPassword([]byte(form["password"]), s.cfg.bcryptCost)
+	s.gate.leave()
 	if err != nil {
 		return 0, nil, err
 	}
@@ -143,7 +147,7 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	if err != nil {
 		return 0, nil, err
 	}
-	if err := s.db.InsertUser(r.Context(), user, passwordHash); err != nil {
+	if err := s.db.InsertUser(r.Context(), user, string(passwordHash)); err != nil {
 		s.sessions.Delete(context.WithoutCancel(r.Context()), id)
 		return 0, nil, err
 	}
@@ -251,31 +255,20 @@ func (s *server) authenticate(ctx context.Context, email, password string, clien
 // hash's on make up the sum. No password is known for a dummy, which has the form of a hash only.
 func (s *server) passwordMatches(hash, password string) (matches bool, cost int, err error) {
 	dummy := func(cost int) string { return fmt.Sprintf("$2a$%02d$%s", cost, strings.Repeat("u", 53)) }
-	compare := func(hash string, cost int) bool {
-		s.metrics.Add("bcryptRounds", 1<<cost)
-		return bcrypt.CompareHashAndPassword([]byte(hash), []byte(password)) == nil
-	}
 	hash = cmp.Or(hash, dummy(s.cfg.bcryptCost))
 	if cost, err = bcrypt.Cost([]byte(hash)); err != nil {
 		return false, 0, err
 	}
-	if compare(hash, cost) {
+	s.metrics.Add("bcryptRounds", 1<<cost)
+	if bcrypt.CompareHashAndPassword([]byte(hash), []byte(password)) == nil {
 		_, complaint := normalize("password", password) // bcrypt accepts what only begins with the password
 		return complaint == "", cost, nil
 	}
 	for c := cost; c < s.cfg.bcryptCost; c++ {
-		compare(dummy(c), c)
+		s.metrics.Add("bcryptRounds", 1<<c)
+		bcrypt.CompareHashAndPassword([]byte(dummy(c)), []byte(password))
 	}
 	return false, cost, nil
-}
-
-func (s *server) hashPassword(ctx context.Context, password string) (string, error) {
-	if err := s.gate.enter(ctx); err != nil {
-		return "", err
-	}
-	defer s.gate.leave()
-	hash, err := bcrypt.GenerateFromPassword([]byte(password), s.cfg.bcryptCost)
-	return string(hash), err
 }
 
 // clientAddr is the peer's address, or what trusted proxies say of it: X-Forwarded-For is read from the
@@ -283,14 +276,13 @@ func (s *server) hashPassword(ctx context.Context, password string) (string, err
 func (s *server) clientAddr(r *http.Request) netip.Addr {
 	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
 	addr := peer.Addr().Unmap().WithZone("")
-	trusted := func(prefix netip.Prefix) bool { return prefix.Contains(addr) }
-	hops := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
-	for i := len(hops) - 1; i >= 0 && slices.ContainsFunc(s.cfg.trustedProxies, trusted); i-- {
-		hop, err := netip.ParseAddr(strings.TrimSpace(hops[i]))
-		if err != nil {
+	trusted := func(proxies netip.Prefix) bool { return proxies.Contains(addr) }
+	for _, hop := range slices.Backward(strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")) {
+		next, err := netip.ParseAddr(strings.TrimSpace(hop))
+		if err != nil || !slices.ContainsFunc(s.cfg.trustedProxies, trusted) {
 			break
 		}
-		addr = hop.Unmap().WithZone("")
+		addr = next.Unmap().WithZone("")
 	}
 	return addr
 }

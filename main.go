@@ -35,21 +35,23 @@ func main() {
 // 2 when it was started wrongly.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
 	cfg, err := loadConfig(getenv)
-	switch mode := strings.Join(args, " "); {
-	case mode == "-version":
+	switch mode := strings.TrimLeft(strings.Join(args, " "), "-"); {
+	case mode == "version":
 		info, _ := debug.ReadBuildInfo()
 		fmt.Fprint(stdout, info)
-	case mode != "" && mode != "-healthcheck":
+		return 0
+	case mode != "" && mode != "healthcheck":
 		fmt.Fprintln(stderr, "usage: session-storage [-healthcheck | -version]; all else is set by environment variables")
 		return 2
 	case err != nil:
 		fmt.Fprintln(stderr, err)
 		return 2
-	case mode == "-healthcheck":
+	case mode == "healthcheck":
 		err = checkHealth(cfg.addr)
 	default:
-		log := slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel}))
-		err = serve(ctx, cfg, newGate(tuneRuntime(getenv)), log)
+		gate := newGate(runtime.GOMAXPROCS(0)) // a slot for each core
+		tuneRuntime(getenv)
+		err = serve(ctx, cfg, gate, slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel})))
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, "session-storage:", err)
@@ -115,22 +117,18 @@ func validAddr(addr string) bool {
 	return err1 == nil && err2 == nil
 }
 
-// tuneRuntime sets what the environment leaves unset, and returns how many bcrypts may run at a time: one
-// for each core.
-//
-// The live heap is a few megabytes, so the default GOGC=100 would collect it hundreds of times a second
-// under load. And for each core there are two threads more than a bcrypt could hold for its quarter of a
-// second: the kernel shares a core between threads fairly, where Go's scheduler, with as many bcrypts as
-// threads, makes a GET /user wait for its slices of 10 ms (BenchmarkUserDuringSignIns).
-func tuneRuntime(getenv func(string) string) (bcryptSlots int) {
+// tuneRuntime sets what the environment leaves unset. The live heap is a few megabytes, so the default
+// GOGC=100 would collect it hundreds of times a second under load. And for each core there are two threads
+// more than a bcrypt could hold for its quarter of a second: the kernel shares a core between threads fairly,
+// where Go's scheduler, with as many bcrypts as threads, makes a GET /user wait for its slices of 10 ms
+// (BenchmarkUserDuringSignIns).
+func tuneRuntime(getenv func(string) string) {
 	if getenv("GOGC") == "" {
 		debug.SetGCPercent(400)
 	}
-	bcryptSlots = runtime.GOMAXPROCS(0)
 	if getenv("GOMAXPROCS") == "" {
-		runtime.GOMAXPROCS(3 * bcryptSlots)
+		runtime.GOMAXPROCS(3 * runtime.GOMAXPROCS(0))
 	}
-	return bcryptSlots
 }
 
 // serve opens the stores, serves until ctx ends or serving fails, finishes what is running and closes

@@ -758,12 +758,14 @@ func TestFlags(t *testing.T) {
 		stdout, stderr string
 	}{
 		{[]string{"-version"}, 0, runtime.Version(), ""},
+		{[]string{"--version"}, 0, runtime.Version(), ""},
 		{[]string{"-help"}, 2, "", "healthcheck"},
 		{[]string{"-port", "1"}, 2, "", "environment"},
 		{[]string{"serve"}, 2, "", "environment"},
 	} {
 		var stdout, stderr strings.Builder
-		code := run(t.Context(), tt.args, func(string) string { return "" }, &stdout, &stderr)
+		broken := func(string) string { return "broken" } // so that it cannot serve
+		code := run(t.Context(), tt.args, broken, &stdout, &stderr)
 		if code != tt.code || !strings.Contains(stdout.String(), tt.stdout) || !strings.Contains(stderr.String(), tt.stderr) {
 			t.Errorf("%q: exit status %d, want %d; stdout %s; stderr %s", tt.args, code, tt.code, &stdout, &stderr)
 		}

@@ -83,13 +83,9 @@ func (db *database) Ping(ctx context.Context) error {
 
 // InsertUser stores a new account; errEmailTaken when its email has one.
 func (db *database) InsertUser(ctx context.Context, u User, passwordHash string) error {
-	err := db.write(ctx, "inserting user", []any{
+	return db.write(ctx, "inserting user", []any{
 		`INSERT INTO users (id, name, email, created_at, updated_at, password_hash) VALUES (?, ?, ?, ?, ?, ?)`,
 		u.ID, u.Name, u.Email, u.CreatedAt, u.UpdatedAt, passwordHash})
-	if sqliteCode(err) == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
-		return errEmailTaken
-	}
-	return err
 }
 
 // UserByEmail returns the account with that email and its password hash, or errUserNotFound.
@@ -128,24 +124,20 @@ func (db *database) write(ctx context.Context, doing string, statements ...[]any
 	return tx.Commit()
 }
 
-// sqliteCode returns SQLite's extended result code (https://www.sqlite.org/rescode.html), 0 when err is
-// none of SQLite's.
-func sqliteCode(err error) int {
-	if e, ok := errors.AsType[*sqlite.Error](err); ok {
-		return e.Code()
-	}
-	return 0
-}
-
 // storeError says what failed. What took too long, or was refused for reasons outside this program (locked,
-// full, read-only, corrupt, out of reach), is errUnavailable.
+// full, read-only, corrupt, out of reach), is errUnavailable. The codes are https://www.sqlite.org/rescode.html.
 func storeError(doing string, err error) error {
-	if err == nil {
-		return nil
+	code, late := 0, errors.Is(err, context.DeadlineExceeded) || errors.Is(err, sql.ErrTxDone) // rolled back at its deadline
+	if e, ok := errors.AsType[*sqlite.Error](err); ok {
+		code = e.Code()
 	}
-	late := errors.Is(err, context.DeadlineExceeded) || errors.Is(err, sql.ErrTxDone) // rolled back at its deadline
 	ours := []int{0, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE}
-	if late || !slices.Contains(ours, sqliteCode(err)&0xff) { // the primary code
+	switch {
+	case err == nil:
+		return nil
+	case code == sqlite3.SQLITE_CONSTRAINT_UNIQUE: // there is one such constraint, on users' email
+		return errEmailTaken
+	case late || !slices.Contains(ours, code&0xff): // the primary code
 		err = unavailable(err)
 	}
 	return fmt.Errorf("%s: %w", doing, err)
