@@ -12,7 +12,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	_ "net/http/pprof" // on DefaultServeMux, which only serveDebug serves
+	_ "net/http/pprof" // on DefaultServeMux, as expvar; only serveDebug serves it
 	"net/netip"
 	"os"
 	"os/signal"
@@ -205,14 +205,8 @@ func serveDebug(addr string, metrics *expvar.Map, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	metrics.Set("memstats", expvar.Get("memstats"))
-	mux := http.NewServeMux()
-	mux.Handle("/debug/pprof/", http.DefaultServeMux)
-	mux.HandleFunc("GET /debug/vars", func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		io.WriteString(w, metrics.String())
-	})
-	go (&http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}).Serve(listener)
+	expvar.Publish("service", metrics)
+	go (&http.Server{ReadHeaderTimeout: 5 * time.Second}).Serve(listener) // http.DefaultServeMux
 	log.Info("debug listening", "addr", listener.Addr().String())
 	if !listener.Addr().(*net.TCPAddr).IP.IsLoopback() {
 		log.Warn("DEBUG_ADDR is not a loopback address: whoever reaches it can profile this process")

@@ -650,11 +650,11 @@ func (s *service) metric(name string) float64 {
 		s.Fatal(err)
 	}
 	defer resp.Body.Close()
-	var vars map[string]any
+	var vars struct{ Service map[string]any }
 	if err := json.NewDecoder(resp.Body).Decode(&vars); err != nil {
 		s.Fatal(err)
 	}
-	n, _ := vars[name].(float64)
+	n, _ := vars.Service[name].(float64)
 	return n
 }
 
@@ -840,7 +840,7 @@ func TestShutdownFinishesWhatRuns(t *testing.T) {
 
 func TestDebugAddressIsTheOnlyOneThatServesDebug(t *testing.T) {
 	t.Parallel()
-	s := start(t, "DEBUG_ADDR=127.0.0.1:0", "COOKIE_SECURE=false", "REDIS_URL="+redisURL(t))
+	s := startProcess(t, "DEBUG_ADDR=127.0.0.1:0", "COOKIE_SECURE=false", "REDIS_URL="+redisURL(t))
 	s.secrets = nil
 	_, id := s.register(newEmail())
 	s.want(200, id)
@@ -866,7 +866,7 @@ func TestDebugAddressIsTheOnlyOneThatServesDebug(t *testing.T) {
 	if strings.Contains(s.log.String(), "not a loopback") {
 		t.Error("warns of a loopback address")
 	}
-	other := start(t, "DEBUG_ADDR=0.0.0.0:0")
+	other := startProcess(t, "DEBUG_ADDR=0.0.0.0:0")
 	other.log.find(t, "DEBUG_ADDR is not a loopback address: whoever reaches it can profile this process")
 }
 
@@ -1102,7 +1102,7 @@ func TestSigningInReplacesTheSessionOfTheCookie(t *testing.T) {
 
 func TestCookies(t *testing.T) {
 	t.Parallel()
-	s := start(t, "COOKIE_SECURE=false", "SESSION_TTL=90s", "DEBUG_ADDR=127.0.0.1:0", "REDIS_URL="+redisURL(t))
+	s := startProcess(t, "COOKIE_SECURE=false", "SESSION_TTL=90s", "DEBUG_ADDR=127.0.0.1:0", "REDIS_URL="+redisURL(t))
 	_, id := s.register(newEmail())
 	a := s.ask("DELETE", "/user/session", "", cookie(id))
 	if got, want := a.header.Get("Set-Cookie"), "session-id=; Path=/; Max-Age=0; HttpOnly; SameSite=Lax"; got != want {
@@ -1200,7 +1200,7 @@ func TestBrowsersOnOtherSitesAreRefused(t *testing.T) {
 
 func TestUnknownEmailAndWrongPasswordAreAlike(t *testing.T) {
 	t.Parallel()
-	s := start(t, "DEBUG_ADDR=127.0.0.1:0", "BCRYPT_COST=10")
+	s := startProcess(t, "DEBUG_ADDR=127.0.0.1:0", "BCRYPT_COST=10")
 	for cost := bcrypt.MinCost; cost <= 10; cost += 3 {
 		s.addAccount(fmt.Sprintf("cost%d@example.com", cost), cost)
 	}
@@ -1263,7 +1263,7 @@ func TestAHashThatIsNoneIsAFaultOfOurs(t *testing.T) {
 
 func TestFailedSignInsAreThrottled(t *testing.T) {
 	t.Parallel()
-	s := start(t, "DEBUG_ADDR=127.0.0.1:0", "TRUSTED_PROXIES=127.0.0.0/8")
+	s := startProcess(t, "DEBUG_ADDR=127.0.0.1:0", "TRUSTED_PROXIES=127.0.0.0/8")
 	email := newEmail()
 	user := s.addAccount(email, bcrypt.MinCost)
 	open := s.signIn(email)
@@ -2147,7 +2147,7 @@ func TestRedisOutOfReach(t *testing.T) {
 		"the wrong shapes": func([]byte) ([]byte, error) { return []byte(":1\r\n"), nil },
 	}
 	test := func(t *testing.T, r *redisServer, url string, fail, heal func(), lost bool) {
-		s := start(t, "REDIS_URL="+url, "DEBUG_ADDR=127.0.0.1:0")
+		s := start(t, "REDIS_URL="+url)
 		s.faulty = true
 		email := newEmail()
 		s.addAccount(email, bcrypt.MinCost)
@@ -2840,7 +2840,7 @@ func TestMoreConnectionsThanFileDescriptors(t *testing.T) {
 
 func TestGuessing(t *testing.T) {
 	t.Parallel()
-	s := start(t, "DEBUG_ADDR=127.0.0.1:0", "TRUSTED_PROXIES=127.0.0.0/8")
+	s := startProcess(t, "DEBUG_ADDR=127.0.0.1:0", "TRUSTED_PROXIES=127.0.0.0/8")
 	email := newEmail()
 	s.addAccount(email, bcrypt.MinCost)
 	open := s.signIn(email)
