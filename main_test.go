@@ -2801,14 +2801,90 @@ func TestClientsThatMisbehave(t *testing.T) {
 		s.register(newEmail())
 	})
 	t.Run("one that does not read", func(t *testing.T) {
-		c := dial(t)
-		for range 20_000 { // pipelined, until the buffers are full
-			c.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
-			if _, err := io.WriteString(c, "GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
-				break
-			}
-		}
+		s.unread()
 		s.want(200, id)
+	})
+}
+
+// unread connects and sends requests until the service can write no more answers.
+func (s *service) unread() net.Conn {
+	s.Helper()
+	c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+	if err != nil {
+		s.Fatal(err)
+	}
+	s.Cleanup(func() { c.Close() })
+	for {
+		c.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+		if _, err := io.WriteString(c, "GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+			return c
+		}
+	}
+}
+
+func TestTheEndComesInTime(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name            string
+		signals         int
+		atLeast, atMost time.Duration
+	}{
+		{"of draining", 1, 9 * time.Second, 14 * time.Second},
+		{"at a second signal", 2, 0, 5 * time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			s := startVariant(t, "main")
+			s.faulty = tt.signals > 1 // ended by the signal
+			s.unread()
+			begin := time.Now()
+			stopped := make(chan struct{})
+			go func() { s.stop(); close(stopped) }()
+			s.log.find(t, "shutting down")
+			if tt.signals > 1 {
+				s.cmd.Process.Signal(syscall.SIGTERM)
+			}
+			<-stopped
+			if tt.signals == 1 {
+				s.log.find(t, "requests cut off")
+			}
+			if d := time.Since(begin); d < tt.atLeast || d > tt.atMost {
+				t.Errorf("ended after %v, want %v to %v", d, tt.atLeast, tt.atMost)
+			}
+		})
+	}
+}
+
+func TestConnectionsAreCutInTime(t *testing.T) {
+	if !long {
+		t.Skip("SESSION_STORAGE_LONG=1 waits for two minutes")
+	}
+	t.Parallel()
+	s := start(t)
+	begin := time.Now()
+	t.Run("one that does not read", func(t *testing.T) {
+		t.Parallel()
+		c := s.unread()
+		eventually(t, time.Minute, "it is cut", func() bool {
+			c.SetWriteDeadline(time.Now().Add(time.Second))
+			_, err := io.WriteString(c, "x")
+			return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
+		})
+		t.Logf("cut after %v", time.Since(begin))
+	})
+	t.Run("an idle one", func(t *testing.T) {
+		t.Parallel()
+		c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		io.WriteString(c, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+		c.SetReadDeadline(time.Now().Add(3 * time.Minute))
+		io.ReadAll(c)
+		if d := time.Since(begin); d < 119*time.Second || d > 130*time.Second {
+			t.Errorf("cut after %v, want 2 minutes", d)
+		}
 	})
 }
 
