@@ -1409,7 +1409,7 @@ func TestTheQueueForBcryptIsBounded(t *testing.T) {
 				}
 				entered.Add(1)
 				time.Sleep(250 * time.Millisecond)
-				g.leave()
+				g.leave(time.Now())
 			}()
 		}
 		synctest.Wait()
@@ -1426,6 +1426,26 @@ func TestTheQueueForBcryptIsBounded(t *testing.T) {
 		cancel()
 		if err := g.enter(ctx); !errors.Is(err, context.Canceled) {
 			t.Errorf("a client that left waits on: %v", err)
+		}
+	})
+}
+
+func TestASlotRestsWhileSessionsAreRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate(1)
+		for _, tt := range []struct{ sinceRead, rest time.Duration }{{0, 200 * time.Millisecond}, {time.Second, 0}} {
+			g.enter(t.Context())
+			entered := time.Now()
+			time.Sleep(300 * time.Millisecond)
+			g.readAt.Store(time.Now().Add(-tt.sinceRead).UnixMilli())
+			g.leave(entered)
+			left := time.Now()
+			g.enter(t.Context())
+			if rest := time.Since(left); rest != tt.rest {
+				t.Errorf("a lookup %v ago: a slot held for 300 ms rests %v, want %v", tt.sinceRead, rest, tt.rest)
+			}
+			g.leave(time.Now())
+			time.Sleep(time.Second)
 		}
 	})
 }

@@ -381,6 +381,9 @@ func (s *redisSessions) exchange(deadline time.Time, batch []*operation) (err er
 			return errors.New("replies out of step")
 		}
 		op.reply, replies = replies[max(0, n-1)], replies[n+1:]
+		if _, failed := op.reply.(redis.Error); failed { // READONLY, LOADING, MASTERDOWN and the like
+			s.refused.Store(true)
+		}
 	}
 	s.metrics.Add("sessionBatches", 1)
 	return nil
