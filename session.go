@@ -15,6 +15,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -98,9 +99,10 @@ func (s *server) setSessionCookie(w http.ResponseWriter, id string) {
 
 // redisTarget is where sessions are: one Redis, or the primary of a name that sentinels know.
 type redisTarget struct {
-	url, scheme, account string   // account: "user:password@", percent-encoded, or ""
-	addrs                []string // host:port of the Redis, or of each sentinel
-	primary, db          string   // primary: its name, "" without sentinels; db: "/number" or ""
+	url, scheme string
+	addrs       []string           // host:port of the Redis, or of each sentinel
+	primary     string             // its name, "" without sentinels
+	login       []redis.DialOption // user, password and database
 }
 
 const redisURLForms = "redis://[user:password@]host:port[/db], rediss://… for TLS, or " +
@@ -112,14 +114,20 @@ func parseRedisURL(value string) (t *redisTarget, ok bool) {
 	if strings.HasPrefix(value, "redis-sentinel:") {
 		hosts = `([^@/?#]+)/([^/?#]+)`
 	}
-	m := regexp.MustCompile(`^(rediss?|redis-sentinel)://((?:[^:@/?#]*:[^@/?#]+@)?)` + hosts + `((?:/\d{0,9})?)$`).FindStringSubmatch(value)
+	form := `^(rediss?|redis-sentinel)://((?:[^:@/?#]*:[^@/?#]+@)?)` + hosts + `(?:/(\d{0,9}))?$`
+	m := regexp.MustCompile(form).FindStringSubmatch(value)
 	if m == nil {
 		return nil, false
 	}
-	t = &redisTarget{value, m[1], m[2], strings.Split(m[3], ","), m[4], m[5]}
-	_, err := url.Parse("redis://" + t.account + t.addrs[0])
-	noHost := func(addr string) bool { return strings.HasPrefix(addr, ":") || !validAddr(addr) }
-	return t, err == nil && !slices.ContainsFunc(t.addrs, noHost)
+	t = &redisTarget{url: value, scheme: m[1], addrs: strings.Split(m[3], ","), primary: m[4]}
+	account, err := url.Parse("redis://" + m[2])
+	if err != nil {
+		return nil, false
+	}
+	password, _ := account.User.Password()
+	db, _ := strconv.Atoi(m[5])
+	t.login = []redis.DialOption{redis.DialUsername(account.User.Username()), redis.DialPassword(password), redis.DialDatabase(db)}
+	return t, !slices.ContainsFunc(t.addrs, func(addr string) bool { return strings.HasPrefix(addr, ":") || !validAddr(addr) })
 }
 
 // redactURL takes whatever could be a password out of a URL that may be malformed.
@@ -131,7 +139,7 @@ func redactURL(value string) string {
 // asks for nothing else.
 func (t *redisTarget) dial(ctx context.Context) (c redis.Conn, err error) {
 	if t.primary == "" {
-		return t.connect(ctx, t.account+t.addrs[0]+t.db)
+		return t.connect(ctx, t.addrs[0], t.login...)
 	}
 	var errs []error
 	for _, sentinel := range t.addrs {
@@ -157,7 +165,7 @@ func (t *redisTarget) dialPrimary(ctx context.Context, sentinel string) (redis.C
 	if err != nil || len(addr) != 2 {
 		return nil, fmt.Errorf("primary %q is at %q: %v", t.primary, addr, err)
 	}
-	primary, err := t.connect(ctx, t.account+net.JoinHostPort(addr[0], addr[1])+t.db)
+	primary, err := t.connect(ctx, net.JoinHostPort(addr[0], addr[1]), t.login...)
 	if err != nil {
 		return nil, err
 	}
@@ -169,16 +177,16 @@ func (t *redisTarget) dialPrimary(ctx context.Context, sentinel string) (redis.C
 	return primary, nil
 }
 
-func (t *redisTarget) connect(ctx context.Context, address string) (redis.Conn, error) {
+func (t *redisTarget) connect(ctx context.Context, addr string, login ...redis.DialOption) (redis.Conn, error) {
 	dial := new(net.Dialer).DialContext
 	if t.scheme == "rediss" {
 		dial = new(tls.Dialer).DialContext
 	}
-	return redis.DialURLContext(ctx, "redis://"+address, redis.DialContextFunc(
+	return redis.DialContext(ctx, "tcp", addr, append(login, redis.DialContextFunc(
 		func(ctx context.Context, network, addr string) (net.Conn, error) {
 			c, err := dial(ctx, network, addr)
 			return &guardedConn{Conn: c}, err
-		}))
+		}))...)
 }
 
 // guardedConn refuses replies that no session can need before redigo believes the length they announce:
