@@ -135,12 +135,7 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	if _, _, err := s.db.UserByEmail(r.Context(), user.Email); !errors.Is(err, errUserNotFound) {
 		return 0, nil, cmp.Or(err, error(errEmailTaken))
 	}
-	if err := s.gate.enter(r.Context()); err != nil {
-		return 0, nil, err
-	}
-	entered := time.Now()
-	passwordHash, err := bcrypt.GenerateFromPassword([]byte(form["password"]), s.cfg.bcryptCost)
-	s.gate.leave(entered)
+	passwordHash, err := s.hashPassword(r.Context(), form["password"])
 	if err != nil {
 		return 0, nil, err
 	}
@@ -148,12 +143,21 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	if err != nil {
 		return 0, nil, err
 	}
-	if err := s.db.InsertUser(r.Context(), user, string(passwordHash)); err != nil {
+	if err := s.db.InsertUser(r.Context(), user, passwordHash); err != nil {
 		s.sessions.Delete(context.WithoutCancel(r.Context()), id)
 		return 0, nil, err
 	}
 	s.note("registered", user.ID, s.clientAddr(r))
 	return http.StatusCreated, registration{user, id}, nil
+}
+
+func (s *server) hashPassword(ctx context.Context, password string) (string, error) {
+	if err := s.gate.enter(ctx); err != nil {
+		return "", err
+	}
+	defer s.gate.leave(time.Now())
+	hash, err := bcrypt.GenerateFromPassword([]byte(password), s.cfg.bcryptCost)
+	return string(hash), err
 }
 
 // openSession makes a session in place of the one that the request's cookie names.
