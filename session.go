@@ -17,7 +17,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
@@ -237,8 +236,8 @@ const (
 	exchangeTimeout = time.Second            // connecting, writing, reading and one retry
 	sentinelTimeout = 250 * time.Millisecond // for one sentinel and the primary that it names
 	connLifetime    = time.Minute            // so that a failover behind a stable name is noticed
-	maxBatch        = 4096                   // operations
-	maxReplies      = 16 << 20               // bytes of memory
+	maxBatch        = 2048                   // operations
+	maxReplies      = 8 << 20                // bytes of memory
 	element         = 64                     // bytes that redigo spends on a reply of any kind, at least
 )
 
@@ -253,16 +252,14 @@ type redisSessions struct {
 	turn    chan struct{}   // full while a batch is on the wire
 	conn    redis.Conn      // nil before the first dial
 	dialed  time.Time
-	refused atomic.Bool // a reply on conn was an error or in the wrong shape: it is not used again
 }
 
 // operation is what one request wants of Redis: commands, of which the last one's reply tells.
 type operation struct {
 	cmds     [][]any
-	nonce    string // of the PING behind them
 	answered chan struct{}
 	reply    any
-	err      error
+	err      error // wraps errUnavailable
 }
 
 func newRedisSessions(target *redisTarget, metrics *expvar.Map) *redisSessions {
@@ -272,35 +269,34 @@ func newRedisSessions(target *redisTarget, metrics *expvar.Map) *redisSessions {
 func sessionKey(id string) string { return "session:" + id }
 
 func (s *redisSessions) Create(ctx context.Context, id, replaced string, u User, ttl time.Duration) error {
-	cmds := [][]any{{"MULTI"},
+	cmds := [][]any{
 		{"HSET", sessionKey(id), "id", u.ID, "name", u.Name, "email", u.Email, "createdAt", u.CreatedAt, "updatedAt", u.UpdatedAt},
-		{"EXPIRE", sessionKey(id), int64(ttl / time.Second)}, {"EXEC"}}
+		{"EXPIRE", sessionKey(id), int64(ttl / time.Second)}}
 	if replaced != "" {
-		cmds = slices.Insert(cmds, 1, []any{"DEL", sessionKey(replaced)})
+		cmds = slices.Insert(cmds, 0, []any{"DEL", sessionKey(replaced)})
 	}
-	results, err := redis.Int64s(s.do(cmds...))
-	if n := len(results); err == nil && (n != len(cmds)-2 || results[n-1] != 1) {
-		err = fmt.Errorf("EXEC answered %v", results)
+	expires, err := s.do(cmds...)
+	if err == nil && expires != any(int64(1)) {
+		err = unavailable(fmt.Errorf("EXPIRE answered %v", expires))
 	}
 	if err != nil { // EXEC runs the rest when one command fails; without EXPIRE the session would not end
 		go s.Delete(ctx, id)
 	}
-	return s.trouble(err)
+	return err
 }
 
 func (s *redisSessions) Get(_ context.Context, id string) (User, error) {
-	user, err := userOfHash(s.do([]any{"HGETALL", sessionKey(id)}))
-	return user, s.trouble(err)
+	return userOfHash(s.do([]any{"HGETALL", sessionKey(id)}))
 }
 
 func (s *redisSessions) Delete(_ context.Context, id string) error {
-	_, err := redis.Int64(s.do([]any{"DEL", sessionKey(id)}))
-	return s.trouble(err)
+	_, err := s.do([]any{"DEL", sessionKey(id)})
+	return err
 }
 
 func (s *redisSessions) Ping(context.Context) error {
 	_, err := s.do()
-	return s.trouble(err)
+	return err
 }
 
 func (s *redisSessions) Close() error {
@@ -308,15 +304,6 @@ func (s *redisSessions) Close() error {
 		return s.conn.Close()
 	}
 	return nil
-}
-
-// trouble marks err as Redis' failure to answer, after which its connection is not used again.
-func (s *redisSessions) trouble(err error) error {
-	if err == nil || errors.Is(err, errNoSession) {
-		return err
-	}
-	s.refused.Store(true)
-	return unavailable(err)
 }
 
 // do returns the last command's reply. It does not end with the request's context: it is answered in time,
@@ -334,34 +321,45 @@ func (s *redisSessions) do(cmds ...[]any) (any, error) {
 	}
 }
 
-// serveBatch answers those that wait. What fails on a connection that turned out dead or out of step is
-// tried once more on a fresh one: all that this store does can be done twice.
+// serveBatch answers those that wait. What fails on a connection that turned out dead or out of step, or on a
+// server that no longer is the primary, is tried once more on a fresh one: all that this store does can be
+// done twice.
 func (s *redisSessions) serveBatch() {
 	runtime.Gosched() // requests that are ready to run come first, and into this batch
 	var batch []*operation
-	var err error
 	for range len(s.waiting) {
 		batch = append(batch, <-s.waiting)
 	}
 	defer func() {
 		for _, op := range batch {
-			op.err = err
 			close(op.answered)
 		}
 		<-s.turn
 	}()
+	if len(batch) == 0 { // this goroutine's own operation was answered just now
+		return
+	}
 	deadline := time.Now().Add(exchangeTimeout)
-	if err = s.exchange(deadline, batch); err != nil && time.Now().Before(deadline) {
-		err = s.exchange(deadline, batch)
+	err := s.exchange(deadline, batch...)
+	if err != nil && time.Now().Before(deadline) {
+		err = s.exchange(deadline, batch...)
+	}
+	_, refused := errors.AsType[redis.Error](err)
+	for _, op := range batch {
+		if refused && len(batch) > 1 { // a full Redis refuses every transaction, and still answers reads
+			err = s.exchange(deadline, op)
+		}
+		if err != nil {
+			op.err = unavailable(err)
+		}
 	}
 }
 
-// exchange sends a batch in one round trip. It proves itself: behind the commands of each operation goes a
-// PING with a value never used before, and unless that comes back in its place nothing is believed and the
-// connection is closed. One that is a single reply out of step would hand each client the session of the
-// one before it.
-func (s *redisSessions) exchange(deadline time.Time, batch []*operation) (err error) {
-	if s.refused.Swap(false) || s.conn == nil || s.conn.Err() != nil || time.Since(s.dialed) > connLifetime {
+// exchange sends operations in one round trip. Several commands are a transaction, so that their replies
+// come back as one, EXEC's, within which nothing can be lost, repeated or swapped on the way. After an error
+// the connection is closed.
+func (s *redisSessions) exchange(deadline time.Time, batch ...*operation) (err error) {
+	if s.conn == nil || s.conn.Err() != nil || time.Since(s.dialed) > connLifetime {
 		if s.conn != nil {
 			s.conn.Close()
 		}
@@ -372,40 +370,74 @@ func (s *redisSessions) exchange(deadline time.Time, batch []*operation) (err er
 		}
 		s.dialed = time.Now()
 	}
+	var cmds [][]any
 	for _, op := range batch {
-		op.nonce = rand.Text()
-		for _, cmd := range append(slices.Clip(op.cmds), []any{"PING", op.nonce}) {
-			s.conn.Send(cmd[0].(string), cmd[1:]...) // what fails shows below
-		}
+		cmds = append(cmds, op.cmds...)
+	}
+	nonce := rand.Text()
+	sent := append(slices.Clip(cmds), []any{"PING", nonce})
+	if len(cmds) > 1 {
+		sent = slices.Concat([][]any{{"MULTI"}}, sent, [][]any{{"EXEC"}})
+	}
+	for _, cmd := range sent {
+		s.conn.Send(cmd[0].(string), cmd[1:]...) // what fails shows below
 	}
 	replies, err := redis.Values(redis.DoWithTimeout(s.conn, max(1, time.Until(deadline)), ""))
+	if err == nil {
+		replies, err = proven(replies, cmds, nonce)
+	}
 	if err != nil {
-		return err // and the connection is closed
+		s.conn.Close()
+		return err
 	}
 	for _, op := range batch {
 		n := len(op.cmds)
-		if pong, _ := replies[n].([]byte); string(pong) != op.nonce {
-			s.conn.Close()
-			return errors.New("replies out of step")
-		}
-		op.reply, replies = replies[max(0, n-1)], replies[n+1:]
-		if _, failed := op.reply.(redis.Error); failed { // READONLY, LOADING, MASTERDOWN and the like
-			s.refused.Store(true)
-		}
+		op.reply, replies = replies[max(0, n-1)], replies[n:]
 	}
 	s.metrics.Add("sessionBatches", 1)
 	return nil
 }
 
+// proven returns the reply to each of cmds and the PING behind them. An exchange proves itself: unless that
+// PING's value, never used before, comes back in its place, nothing is believed. A connection that is a single
+// reply out of step would hand each client the session of the one before it. Nor is a reply believed that its
+// command cannot have.
+func proven(all []any, cmds [][]any, nonce string) ([]any, error) {
+	replies := all
+	if len(cmds) > 1 {
+		replies, _ = all[len(all)-1].([]any)
+	}
+	for i, reply := range replies {
+		if refused, ok := reply.(redis.Error); ok && strings.HasPrefix(string(refused), "WRONGTYPE") {
+			replies[i] = []any{} // as if there were no hash
+		}
+	}
+	for _, reply := range slices.Concat(all, replies) {
+		if refused, ok := reply.(redis.Error); ok {
+			return nil, refused
+		}
+	}
+	if len(replies) != len(cmds)+1 || fmt.Sprintf("%s", replies[len(cmds)]) != nonce {
+		return nil, errors.New("replies out of step")
+	}
+	for i, cmd := range cmds {
+		_, isInt := replies[i].(int64)
+		if _, isHash := replies[i].([]any); isHash == isInt || isHash != (cmd[0] == "HGETALL") {
+			return nil, fmt.Errorf("%s answered %T", cmd[0], replies[i]) // not %v: it could be another's hash
+		}
+	}
+	return replies, nil
+}
+
 // userOfHash reads HGETALL's reply. No hash, one without an id, and times that cannot be read are no
 // session.
 func userOfHash(reply any, err error) (user User, _ error) {
-	fields, err := redis.Values(reply, err)
-	if err == nil {
-		err = redis.ScanStruct(fields, &user)
-	}
-	if err != nil && !strings.HasPrefix(err.Error(), "WRONGTYPE") {
+	if err != nil {
 		return User{}, err
+	}
+	fields, _ := reply.([]any)
+	if err := redis.ScanStruct(fields, &user); err != nil {
+		return User{}, unavailable(err)
 	}
 	var err1, err2 error
 	user.CreatedAt, err1 = normalizeTime(user.CreatedAt)
