@@ -2479,17 +2479,17 @@ func TestNoAnswerCarriesAnothersSession(t *testing.T) {
 		},
 		"of an earlier batch": func(*proxy) fault {
 			var mu sync.Mutex
-			var earlier []byte
+			earlier := map[int][]byte{} // by length, as the nonces' place would betray another
 			return func(reply []byte) ([]byte, error) {
 				mu.Lock()
 				defer mu.Unlock()
 				if isBatch := reply[0] == '*' && bytes.Contains(reply, []byte("\r\n*10")); !isBatch {
 					return reply, nil
 				}
-				if len(earlier) == len(reply) && one(2) {
-					return earlier, nil
+				if old := earlier[len(reply)]; old != nil && one(4) {
+					return old, nil
 				}
-				earlier = slices.Clone(reply)
+				earlier[len(reply)] = slices.Clone(reply)
 				return reply, nil
 			}
 		},
@@ -2500,6 +2500,9 @@ func TestNoAnswerCarriesAnothersSession(t *testing.T) {
 			return func(reply []byte) ([]byte, error) {
 				mu.Lock()
 				defer mu.Unlock()
+				if isBatch := bytes.Contains(reply, []byte("\r\n*10")); isBatch {
+					return reply, nil
+				}
 				if reply[0] == '*' {
 					if last = slices.Clone(reply); earlier != nil && one(20) {
 						replaced = true
@@ -2547,8 +2550,15 @@ func TestNoAnswerCarriesAnothersSession(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			p.set(f(p))
-			var answers, right, away, left atomic.Int64
+			var answers, right, away, left, struck atomic.Int64
+			bad := f(p)
+			p.set(func(reply []byte) ([]byte, error) {
+				altered, err := bad(reply)
+				if err != nil || !bytes.Equal(altered, reply) {
+					struck.Add(1)
+				}
+				return altered, err
+			})
 			ask := func(int) {
 				for answers.Add(1) <= int64(total) {
 					i := rand.N(sessions)
@@ -2582,7 +2592,10 @@ func TestNoAnswerCarriesAnothersSession(t *testing.T) {
 			together(64, ask) // in batches
 			answers.Add(int64(-total / 10))
 			together(1, ask) // one by one
-			t.Logf("%d right, %d times 503, %d left", right.Load(), away.Load(), left.Load())
+			t.Logf("%d right, %d times 503, %d left; %d faults", right.Load(), away.Load(), left.Load(), struck.Load())
+			if struck.Load() == 0 {
+				t.Error("no fault struck")
+			}
 			if right.Load() < int64(total/10) {
 				t.Errorf("only %d of %d answered", right.Load(), total)
 			}
