@@ -395,20 +395,20 @@ func (s *server) problemOf(r *http.Request, err error) *problem {
 		s.log.Error("request failed", "method", r.Method, "path", r.URL.Path, "err", err)
 		return errFault
 	}
-	now := time.Now().Unix()
-	if last := s.outageAt.Load(); r.Context().Err() == nil && now > last && s.outageAt.CompareAndSwap(last, now) {
-		s.log.Error("store out of reach", "err", err)
+	if r.Context().Err() != nil {
+		return errOutOfReach // the client has left, that is all
 	}
 	s.metrics.Add("storeErrors", 1)
+	now := time.Now().Unix()
+	if last := s.outageAt.Load(); now > last && s.outageAt.CompareAndSwap(last, now) {
+		s.log.Error("store out of reach", "err", err)
+	}
 	return errOutOfReach
 }
 
-// A sign-in is answered within 10 s: half of it is for the queue, and half for bcrypt, which takes 2 s
-// at the highest cost.
-const (
-	maxQueue      = 256 // requests
-	queuePatience = 5 * time.Second
-)
+// A sign-in is answered within 10 s: half of it is for the queue, of so many requests, and half for bcrypt,
+// which takes 2 s at the highest cost.
+const maxQueue, queuePatience = 256, 5 * time.Second
 
 // gate lets in as many bcrypts at a time as there are cores. Past them requests queue, bounded in number
 // and time.

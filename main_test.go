@@ -2895,7 +2895,15 @@ func TestTheEndComesInTime(t *testing.T) {
 			go func() { s.stop(); close(stopped) }()
 			s.log.find(t, "shutting down")
 			if tt.signals > 1 {
-				s.cmd.Process.Signal(syscall.SIGTERM)
+				eventually(t, 8*time.Second, "the end", func() bool { // the first may still be at work
+					s.cmd.Process.Signal(syscall.SIGTERM)
+					select {
+					case <-stopped:
+						return true
+					default:
+						return false
+					}
+				})
 			}
 			<-stopped
 			if tt.signals == 1 {
