@@ -754,6 +754,15 @@ func TestConfigurationDefaults(t *testing.T) {
 	}
 }
 
+func TestLogLevels(t *testing.T) {
+	for name, want := range map[string]slog.Level{"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError} {
+		cfg, err := loadConfig(func(variable string) string { return map[string]string{"LOG_LEVEL": name}[variable] })
+		if err != nil || cfg.logLevel != want {
+			t.Errorf("LOG_LEVEL=%s: %v, %v, want %v", name, cfg.logLevel, err, want)
+		}
+	}
+}
+
 func TestFlags(t *testing.T) {
 	for _, tt := range []struct {
 		args           []string
@@ -2744,6 +2753,26 @@ func TestSQLiteInTrouble(t *testing.T) {
 		if n := s.count(`SELECT count(*) FROM users`); n != accounts+1 {
 			t.Errorf("%d accounts, want %d", n, accounts+1)
 		}
+	})
+	t.Run("a file that breaks", func(t *testing.T) {
+		s := start(t, "REDIS_URL="+url)
+		s.faulty = true
+		email := newEmail()
+		s.addAccount(email, bcrypt.MinCost)
+		id := s.signIn(email)
+		s.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
+		if err := os.WriteFile(s.dbPath, bytes.Repeat([]byte("no database "), 10_000), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for path, body := range map[string]string{"/user/signin": credentials(email, password), "/user": credentials(newEmail(), password)} {
+			if a := s.ask("POST", path, body); a.status != 503 {
+				t.Errorf("POST %s: status %d, want 503: %s", path, a.status, a.body)
+			}
+		}
+		if a := s.ask("GET", "/healthz", ""); a.status != 503 {
+			t.Errorf("GET /healthz: status %d, want 503", a.status)
+		}
+		s.want(200, id)
 	})
 	t.Run("a file that is no database", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "users.db")
