@@ -1690,6 +1690,19 @@ func TestTroubleIsNotAbsence(t *testing.T) {
 	}
 }
 
+func TestWhatWaitsForRedisIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) { // it fails when a lookup waits
+		s := newRedisSessions(nil, new(expvar.Map))
+		s.turn <- struct{}{} // a batch is on the wire
+		for range maxBatch {
+			s.waiting <- new(operation)
+		}
+		if _, err := s.Get(t.Context(), newUUID()); !errors.Is(err, errUnavailable) {
+			t.Errorf("a lookup behind %d others: %v, want errUnavailable", maxBatch, err)
+		}
+	})
+}
+
 // monitor returns what Redis is sent by others than redisDo while do runs, a line for each command.
 func monitor(t *testing.T, url string, do func()) (commands []string) {
 	t.Helper()

@@ -236,8 +236,8 @@ const (
 	exchangeTimeout = time.Second            // connecting, writing, reading and one retry
 	sentinelTimeout = 250 * time.Millisecond // for one sentinel and the primary that it names
 	connLifetime    = time.Minute            // so that a failover behind a stable name is noticed
-	maxBatch        = 2048                   // operations
-	maxReplies      = 8 << 20                // bytes of memory
+	maxBatch        = 8192                   // operations; as many more may wait
+	maxReplies      = 32 << 20               // bytes of memory
 	element         = 64                     // bytes that redigo spends on a reply of any kind, at least
 )
 
@@ -248,9 +248,9 @@ const (
 type redisSessions struct {
 	target  *redisTarget
 	metrics *expvar.Map
-	waiting chan *operation // at most maxBatch
-	turn    chan struct{}   // full while a batch is on the wire
-	conn    redis.Conn      // nil before the first dial
+	waiting chan *operation
+	turn    chan struct{} // full while a batch is on the wire
+	conn    redis.Conn    // nil before the first dial
 	dialed  time.Time
 }
 
@@ -310,7 +310,11 @@ func (s *redisSessions) Close() error {
 // and waiting for either would cost more than the whole lookup.
 func (s *redisSessions) do(cmds ...[]any) (any, error) {
 	op := &operation{cmds: cmds, answered: make(chan struct{})}
-	s.waiting <- op
+	select {
+	case s.waiting <- op:
+	default: // or the last to wait would do so for many batches that fail, 1 s each
+		return nil, unavailable(errors.New("too many requests wait for the session store"))
+	}
 	for {
 		select {
 		case <-op.answered:
