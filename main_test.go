@@ -1703,6 +1703,38 @@ func TestWhatWaitsForRedisIsBounded(t *testing.T) {
 	})
 }
 
+// panickingConn panics at whatever it is asked to do.
+type panickingConn struct{ redis.Conn }
+
+func (panickingConn) Err() error { return nil }
+
+func TestAPanicIsNoAnswerToOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newRedisSessions(nil, new(expvar.Map))
+		s.conn, s.dialed = panickingConn{}, time.Now()
+		s.turn <- struct{}{} // a batch is on the wire
+		var panicked, unavailable atomic.Int64
+		for range 10 {
+			go func() {
+				defer func() {
+					if recover() != nil {
+						panicked.Add(1)
+					}
+				}()
+				if _, err := s.Get(t.Context(), newUUID()); errors.Is(err, errUnavailable) {
+					unavailable.Add(1)
+				}
+			}()
+		}
+		synctest.Wait()
+		<-s.turn
+		synctest.Wait()
+		if panicked.Load() != 1 || unavailable.Load() != 9 {
+			t.Errorf("of 10 lookups %d panicked and %d were told that the store is unavailable, want 1 and 9", panicked.Load(), unavailable.Load())
+		}
+	})
+}
+
 // monitor returns what Redis is sent by others than redisDo while do runs, a line for each command.
 func monitor(t *testing.T, url string, do func()) (commands []string) {
 	t.Helper()

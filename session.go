@@ -259,7 +259,7 @@ type operation struct {
 	cmds     [][]any
 	answered chan struct{}
 	reply    any
-	err      error // wraps errUnavailable
+	err      error // wraps errUnavailable, from the start: even a panic does not pass for an answer
 }
 
 func newRedisSessions(target *redisTarget, metrics *expvar.Map) *redisSessions {
@@ -309,7 +309,7 @@ func (s *redisSessions) Close() error {
 // do returns the last command's reply. It does not end with the request's context: it is answered in time,
 // and waiting for either would cost more than the whole lookup.
 func (s *redisSessions) do(cmds ...[]any) (any, error) {
-	op := &operation{cmds: cmds, answered: make(chan struct{})}
+	op := &operation{cmds: cmds, answered: make(chan struct{}), err: errUnavailable}
 	select {
 	case s.waiting <- op:
 	default: // or the last to wait would do so for many batches that fail, 1 s each
@@ -396,7 +396,7 @@ func (s *redisSessions) exchange(deadline time.Time, batch ...*operation) (err e
 	}
 	for _, op := range batch {
 		n := len(op.cmds)
-		op.reply, replies = replies[max(0, n-1)], replies[n:]
+		op.reply, op.err, replies = replies[max(0, n-1)], nil, replies[n:]
 	}
 	s.metrics.Add("sessionBatches", 1)
 	return nil
