@@ -1703,6 +1703,30 @@ func TestWhatWaitsForRedisIsBounded(t *testing.T) {
 	})
 }
 
+func TestWritingToRedisIsBoundedInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client, server := net.Pipe()
+		ended := make(chan struct{})
+		go func() { // takes each write in time, so that the end never comes
+			defer close(ended)
+			for buf := make([]byte, 4<<10); ; time.Sleep(exchangeTimeout * 3 / 10) {
+				if _, err := server.Read(buf); err != nil {
+					return
+				}
+			}
+		}()
+		c := redis.NewConn(&guardedConn{Conn: client}, 0, 0)
+		begin := time.Now()
+		for c.Send("HGETALL", sessionKey(newUUID())) == nil && time.Since(begin) < time.Hour {
+		}
+		if took := time.Since(begin); took != exchangeTimeout {
+			t.Errorf("given up after %v, want %v", took, exchangeTimeout)
+		}
+		c.Close()
+		<-ended
+	})
+}
+
 // panickingConn panics at whatever it is asked to do.
 type panickingConn struct{ redis.Conn }
 
@@ -3427,7 +3451,7 @@ func (c *answeringConn) Close() error                     { return nil }
 
 func FuzzReplies(f *testing.F) {
 	for _, text := range []string{"+OK\r\n+QUEUED\r\n*1\r\n$1\r\nx\r\n", "*-1\r\n$-1\r\n:1\r\n-ERR x\r\n", "$99999999999\r\n", "*99999999999\r\n",
-		strings.Repeat("*1\r\n", 1000), "*1000000\r\n*1000000\r\n*1000000\r\n", "$0\r\n\r\n", "$5\r\n*999\r\n", "\r\n", "$x\r\n"} {
+		strings.Repeat("*1\r\n", 300_000), "*1000000\r\n*1000000\r\n*1000000\r\n", "$0\r\n\r\n", "$5\r\n*999\r\n", "\r\n", "$x\r\n"} {
 		f.Add([]byte(text))
 	}
 	f.Fuzz(func(t *testing.T, text []byte) {

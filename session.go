@@ -193,15 +193,17 @@ func (t *redisTarget) connect(ctx context.Context, addr string, login ...redis.D
 // garbage could end the process. It bounds writing in time, too.
 type guardedConn struct {
 	net.Conn
-	budget int  // bytes of memory that replies may still claim before the next Write
+	budget int  // bytes of memory that the exchange's replies may still claim
 	kind   byte // first byte of the line being read, 0 before it
 	length int  // the number in that line so far
 	skip   int  // bytes of a bulk string still to come
 }
 
 func (g *guardedConn) Write(p []byte) (int, error) {
-	g.budget = maxReplies
-	g.SetWriteDeadline(time.Now().Add(exchangeTimeout))
+	if g.budget < maxReplies { // the first write of an exchange
+		g.budget = maxReplies
+		g.SetWriteDeadline(time.Now().Add(exchangeTimeout))
+	}
 	return g.Conn.Write(p)
 }
 
