@@ -1445,12 +1445,14 @@ func TestTheQueueForBcryptIsBounded(t *testing.T) {
 func TestASlotRestsWhileSessionsAreRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(1)
+		s := newServer(config{}, nil, &mapSessions{}, g, new(expvar.Map), slog.New(slog.DiscardHandler))
+		lookup, _ := http.NewRequest("GET", "/user", nil)
+		lookup.Header.Set("Cookie", cookieName+"="+newUUID())
 		for _, tt := range []struct{ sinceRead, rest time.Duration }{{0, 200 * time.Millisecond}, {time.Second, 0}} {
+			s.ServeHTTP(&recorder{header: http.Header{}}, lookup)
+			time.Sleep(tt.sinceRead)
 			g.enter(t.Context())
-			entered := time.Now()
-			time.Sleep(300 * time.Millisecond)
-			g.readAt.Store(time.Now().Add(-tt.sinceRead).UnixMilli())
-			g.leave(entered)
+			g.leave(time.Now().Add(-300 * time.Millisecond))
 			left := time.Now()
 			g.enter(t.Context())
 			if rest := time.Since(left); rest != tt.rest {
