@@ -31,8 +31,10 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -40,6 +42,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 	"unicode/utf8"
@@ -759,6 +762,20 @@ func TestLogLevels(t *testing.T) {
 		cfg, err := loadConfig(func(variable string) string { return map[string]string{"LOG_LEVEL": name}[variable] })
 		if err != nil || cfg.logLevel != want {
 			t.Errorf("LOG_LEVEL=%s: %v, %v, want %v", name, cfg.logLevel, err, want)
+		}
+	}
+}
+
+func TestTheRuntimeIsTunedUnlessTheEnvironmentSays(t *testing.T) {
+	cores, percent := runtime.GOMAXPROCS(0), debug.SetGCPercent(100)
+	t.Cleanup(func() { runtime.GOMAXPROCS(cores); debug.SetGCPercent(percent) })
+	for _, tt := range []struct {
+		env            map[string]string
+		procs, percent int
+	}{{map[string]string{"GOGC": "100", "GOMAXPROCS": "2"}, cores, 100}, {nil, 3 * cores, 400}} {
+		tuneRuntime(func(name string) string { return tt.env[name] })
+		if procs, percent := runtime.GOMAXPROCS(0), debug.SetGCPercent(100); procs != tt.procs || percent != tt.percent {
+			t.Errorf("with %v: GOMAXPROCS %d, GOGC %d, want %d and %d", tt.env, procs, percent, tt.procs, tt.percent)
 		}
 	}
 }
@@ -1729,6 +1746,63 @@ func TestWritingToRedisIsBoundedInTime(t *testing.T) {
 	})
 }
 
+func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
+	get, del := []any{"HGETALL", "session:1"}, []any{"DEL", "session:1"}
+	hash, nonce, one := []any{[]byte("id"), []byte("1")}, []byte("nonce"), int64(1)
+	wrongType := redis.Error("WRONGTYPE Operation against a key holding the wrong kind of value")
+	for name, tt := range map[string]struct {
+		cmds, all, want []any // want nil: nothing is believed
+	}{
+		"a lookup":                     {[]any{get}, []any{hash, nonce}, []any{hash, nonce}},
+		"a deletion":                   {[]any{del}, []any{one, nonce}, []any{one, nonce}},
+		"a ping":                       {nil, []any{nonce}, []any{nonce}},
+		"no hash":                      {[]any{get}, []any{wrongType, nonce}, []any{[]any{}, nonce}},
+		"another's nonce":              {[]any{get}, []any{hash, []byte("other")}, nil},
+		"a reply too few":              {[]any{get}, []any{nonce}, nil},
+		"a reply too many":             {[]any{get}, []any{hash, nonce, hash}, nil},
+		"a lookup answered a number":   {[]any{get}, []any{one, nonce}, nil},
+		"a lookup answered nothing":    {[]any{get}, []any{nil, nonce}, nil},
+		"a lookup answered a text":     {[]any{get}, []any{[]byte("text"), nonce}, nil},
+		"a deletion answered a hash":   {[]any{del}, []any{hash, nonce}, nil},
+		"a deletion answered OK":       {[]any{del}, []any{"OK", nonce}, nil},
+		"a refusal":                    {[]any{get}, []any{redis.Error("NOPERM"), nonce}, nil},
+		"a batch":                      {[]any{get, del}, []any{"OK", "QUEUED", "QUEUED", "QUEUED", []any{hash, one, nonce}}, []any{hash, one, nonce}},
+		"a batch with no hash":         {[]any{get, del}, []any{"OK", "QUEUED", "QUEUED", "QUEUED", []any{wrongType, one, nonce}}, []any{[]any{}, one, nonce}},
+		"a batch with another's nonce": {[]any{get, get}, []any{"OK", "QUEUED", "QUEUED", "QUEUED", []any{hash, hash, []byte("other")}}, nil},
+		"a batch too short":            {[]any{get, get}, []any{"OK", "QUEUED", "QUEUED", "QUEUED", []any{hash, nonce}}, nil},
+		"a batch with replies swapped": {[]any{get, del}, []any{"OK", "QUEUED", "QUEUED", "QUEUED", []any{one, hash, nonce}}, nil},
+		"a batch with a refusal":       {[]any{get, del}, []any{"OK", "QUEUED", "QUEUED", "QUEUED", []any{hash, redis.Error("OOM"), nonce}}, nil},
+		"a batch not queued":           {[]any{get, del}, []any{"OK", "QUEUED", redis.Error("OOM"), "QUEUED", redis.Error("EXECABORT")}, nil},
+		"a batch not run":              {[]any{get, get}, []any{"OK", "QUEUED", "QUEUED", "QUEUED", nil}, nil},
+	} {
+		var cmds [][]any
+		for _, cmd := range tt.cmds {
+			cmds = append(cmds, cmd.([]any))
+		}
+		replies, err := proven(tt.all, cmds, "nonce")
+		if !reflect.DeepEqual(replies, tt.want) || (err == nil) != (tt.want != nil) {
+			t.Errorf("%s: %v, %v, want %v", name, replies, err, tt.want)
+		}
+	}
+}
+
+func TestTheGuardFollowsReplies(t *testing.T) {
+	for _, text := range []string{
+		"+OK\r\n", "-ERR $5 *7 - no\r\n", ":12\r\n", ":-12\r\n", "$-1\r\n", "*-1\r\n", "$0\r\n\r\n", "*0\r\n",
+		"$11\r\n$99\r\n*99\r\n-\r\n", "*3\r\n$2\r\nid\r\n*1\r\n$10\r\n0123456789\r\n:7\r\n",
+	} {
+		guarded := &guardedConn{Conn: &answeringConn{answer: iotest.OneByteReader(strings.NewReader(text))}}
+		c := redis.NewConn(guarded, 0, 0)
+		c.Send("PING")
+		if _, err := redis.Values(c.Do("")); err != nil {
+			t.Errorf("%q: %v", text, err)
+		}
+		if guarded.kind != 0 || guarded.skip != 0 {
+			t.Errorf("%q: after it %q is a reply begun, of which %d bytes are to come", text, guarded.kind, guarded.skip)
+		}
+	}
+}
+
 // panickingConn panics at whatever it is asked to do.
 type panickingConn struct{ redis.Conn }
 
@@ -2456,6 +2530,17 @@ func TestRedisThatRefuses(t *testing.T) {
 		redisDo(t, r.url(), "CONFIG", "SET", "maxmemory", "0")
 		s.want(200, s.signIn(email))
 		r.wantEnds(t)
+	})
+	t.Run("an EXPIRE that did nothing", func(t *testing.T) {
+		r := ownRedis(t)
+		p := startProxy(t, "127.0.0.1:"+r.port)
+		s, email, id := begin(t, p.url())
+		p.set(func(reply []byte) ([]byte, error) {
+			return bytes.Replace(reply, []byte("\r\n:1\r\n"), []byte("\r\n:0\r\n"), 1), nil
+		})
+		refused(s, email)
+		s.want(200, id)
+		eventually(t, 10*time.Second, "no other session is left", func() bool { return redisDo(t, r.url(), "DBSIZE") == any(int64(1)) })
 	})
 	t.Run("a replica", func(t *testing.T) {
 		r, primary := ownRedis(t), ownRedis(t)
