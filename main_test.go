@@ -1322,6 +1322,11 @@ func TestFailedSignInsAreThrottled(t *testing.T) {
 	if a := s.ask("POST", "/user/signin", credentials(newEmail(), "wrong password"), "X-Forwarded-For: 192.0.2.1"); a.status != 401 {
 		t.Errorf("another email from there: status %d, want 401", a.status)
 	}
+	for event, want := range map[string]float64{"signed in": 2, "sign-in refused": 11, "sign-in throttled": 4} {
+		if n := s.metric(event); n != want {
+			t.Errorf("%s: counted %v times, want %v", event, n, want)
+		}
+	}
 	if line := s.log.find(t, "sign-in throttled"); line["client"] != "192.0.2.1" {
 		t.Errorf("log line %v", line)
 	}
