@@ -171,7 +171,7 @@ func serve(ctx context.Context, cfg config, gate *gate, log *slog.Logger) error 
 func serveHTTP(ctx context.Context, listener net.Listener, s *server, log *slog.Logger) error {
 	hs := &http.Server{
 		Handler: s, MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second, // readForm allows more for a body
+		ReadTimeout:                  5 * time.Second,  // for the headers; readForm allows more for a body
 		WriteTimeout:                 30 * time.Second, // from the end of the headers: body, queue for bcrypt, stores, writing
 		IdleTimeout:                  2 * time.Minute,
 		DisableGeneralOptionsHandler: true, // or "OPTIONS *" is answered without our headers

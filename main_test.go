@@ -758,10 +758,33 @@ func TestConfigurationDefaults(t *testing.T) {
 }
 
 func TestLogLevels(t *testing.T) {
-	for name, want := range map[string]slog.Level{"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError} {
-		cfg, err := loadConfig(func(variable string) string { return map[string]string{"LOG_LEVEL": name}[variable] })
-		if err != nil || cfg.logLevel != want {
-			t.Errorf("LOG_LEVEL=%s: %v, %v, want %v", name, cfg.logLevel, err, want)
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	for name, tt := range map[string]struct {
+		level slog.Level
+		seen  string
+	}{
+		"debug": {slog.LevelDebug, "ERROR INFO WARN"},
+		"info":  {slog.LevelInfo, "ERROR INFO WARN"},
+		"warn":  {slog.LevelWarn, "ERROR WARN"},
+		"error": {slog.LevelError, "ERROR"},
+	} {
+		env := environment(t, []string{"LOG_LEVEL=" + name, "COOKIE_SECURE=false", "REDIS_URL=redis://127.0.0.1:" + freePort(t)})
+		getenv := func(variable string) string { return env[variable] }
+		if cfg, err := loadConfig(getenv); err != nil || cfg.logLevel != tt.level {
+			t.Errorf("LOG_LEVEL=%s: %v, %v, want %v", name, cfg.logLevel, err, tt.level)
+		}
+		var stderr bytes.Buffer
+		if status := run(ended, nil, getenv, io.Discard, &stderr); status != 0 { // starts and stops at once
+			t.Errorf("LOG_LEVEL=%s: status %d: %s", name, status, &stderr)
+		}
+		var levels []string
+		for _, level := range regexp.MustCompile(`"level":"(\w+)"`).FindAllStringSubmatch(stderr.String(), -1) {
+			levels = append(levels, level[1])
+		}
+		slices.Sort(levels)
+		if seen := strings.Join(slices.Compact(levels), " "); seen != tt.seen {
+			t.Errorf("LOG_LEVEL=%s: logs %s, want %s", name, seen, tt.seen)
 		}
 	}
 }
