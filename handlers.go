@@ -308,7 +308,6 @@ func readForm(w http.ResponseWriter, r *http.Request, strict bool, names ...stri
 	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
 		return nil, newProblem(http.StatusRequestEntityTooLarge, fmt.Sprintf("The body is larger than %d bytes.", maxBody))
 	} else if err != nil {
-		w.Header().Set("Connection", "close")
 		return nil, newProblem(http.StatusBadRequest, "The body did not arrive whole and in time.")
 	}
 	control.SetReadDeadline(time.Time{}) // or the request's context would end with it, in the queue for bcrypt
