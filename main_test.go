@@ -1837,6 +1837,27 @@ func TestTheGuardFollowsReplies(t *testing.T) {
 	}
 }
 
+func TestAConnectionIsReplacedInTime(t *testing.T) {
+	r := ownRedis(t)
+	s := openRedisSessions(t, r.url())
+	ours := func() []string { // ids of the connections but redisDo's
+		s.Ping(t.Context())
+		list, _ := redis.String(redisDo(t, r.url(), "CLIENT", "LIST"), nil)
+		return regexp.MustCompile(`(?m)^id=\d+.* cmd=ping `).FindAllString(list, -1)
+	}
+	id := func(client string) string { return strings.Fields(client)[0] }
+	first := ours()
+	if again := ours(); len(first) != 1 || len(again) != 1 || id(first[0]) != id(again[0]) {
+		t.Fatalf("connections %q, then %q, want one and the same", first, again)
+	}
+	defer runtime.KeepAlive(s.conn) // it has to be closed, not collected
+	s.dialed = s.dialed.Add(-connLifetime)
+	eventually(t, 10*time.Second, "one connection, another one", func() bool {
+		now := ours()
+		return len(now) == 1 && id(now[0]) != id(first[0])
+	})
+}
+
 // panickingConn panics at whatever it is asked to do.
 type panickingConn struct{ redis.Conn }
 
