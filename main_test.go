@@ -3379,6 +3379,44 @@ func TestSentinelsNameThePrimary(t *testing.T) {
 	t.Logf("elected after %v, back %v later; answers by status: %v", elected, back-elected, statuses)
 }
 
+func TestASentinelThatKnowsLessIsPassedOver(t *testing.T) {
+	primary, replica := ownRedis(t), ownRedis(t)
+	redisDo(t, replica.url(), "REPLICAOF", "127.0.0.1", primary.port)
+	sentinel := func(answer string) (addr string) {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				c.Read(make([]byte, 1000))
+				io.WriteString(c, answer)
+				c.Close()
+			}
+		}()
+		return l.Addr().String()
+	}
+	at := func(port string) string {
+		return fmt.Sprintf("*2\r\n$9\r\n127.0.0.1\r\n$%d\r\n%s\r\n", len(port), port)
+	}
+	hasNotHeard, knowsNone, refuses := sentinel(at(replica.port)), sentinel("*-1\r\n"), sentinel("-NOAUTH\r\n")
+	behind := "redis-sentinel://" + strings.Join([]string{hasNotHeard, knowsNone, refuses}, ",")
+	target, _ := parseRedisURL(behind + "/accounts")
+	store := newRedisSessions(target, new(expvar.Map))
+	if err := store.Ping(t.Context()); !errors.Is(err, errUnavailable) || strings.Count(err.Error(), "primary") != 3 {
+		t.Errorf("no sentinel knows the primary: %v", err)
+	}
+	store = openRedisSessions(t, behind+","+sentinel(at(primary.port))+"/accounts")
+	if err := store.Delete(t.Context(), newUUID()); err != nil {
+		t.Errorf("the last sentinel knows it: %v", err)
+	}
+}
+
 func TestRedisOverTLSWithAPrivateCA(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
