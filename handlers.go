@@ -302,15 +302,13 @@ func readForm(w http.ResponseWriter, r *http.Request, strict bool, names ...stri
 	if err != nil || mediaType != "application/json" {
 		return nil, newProblem(http.StatusUnsupportedMediaType, "Send the body as JSON, with Content-Type: application/json.")
 	}
-	control := http.NewResponseController(w)
-	control.SetReadDeadline(time.Now().Add(10 * time.Second))
+	http.NewResponseController(w).SetReadDeadline(time.Now().Add(10 * time.Second)) // until the body's end
 	text, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
 		return nil, newProblem(http.StatusRequestEntityTooLarge, fmt.Sprintf("The body is larger than %d bytes.", maxBody))
 	} else if err != nil {
 		return nil, newProblem(http.StatusBadRequest, "The body did not arrive whole and in time.")
 	}
-	control.SetReadDeadline(time.Time{}) // or the request's context would end with it, in the queue for bcrypt
 	var fields map[string]json.RawMessage
 	if err := json.Unmarshal(text, &fields); err != nil || fields == nil || !utf8.Valid(text) {
 		return nil, newProblem(http.StatusBadRequest, `The body is not one JSON object in UTF-8, such as {"email":"…","password":"…"}.`)

@@ -3016,41 +3016,6 @@ func TestClientsThatMisbehave(t *testing.T) {
 		t.Cleanup(func() { c.Close() })
 		return c
 	}
-	t.Run("slow", func(t *testing.T) {
-		for name, tt := range map[string]struct {
-			sent    string
-			atMost  time.Duration
-			atLeast time.Duration
-			answer  string
-		}{
-			"headers": {"GET /user HTTP/1.1\r\nHost: x\r\nX-A:", 7 * time.Second, 4 * time.Second, ""},
-			"body":    {"POST /user HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{", 12 * time.Second, 9 * time.Second, "HTTP/1.1 400"},
-		} {
-			t.Run(name, func(t *testing.T) {
-				t.Parallel()
-				c := dial(t)
-				begin := time.Now()
-				io.WriteString(c, tt.sent)
-				ended := make(chan struct{})
-				go func() { // one byte a second
-					for {
-						select {
-						case <-ended:
-							return
-						case <-time.After(time.Second):
-							io.WriteString(c, "x")
-						}
-					}
-				}()
-				c.SetReadDeadline(time.Now().Add(20 * time.Second))
-				text, _ := io.ReadAll(c)
-				close(ended)
-				if d := time.Since(begin); d < tt.atLeast || d > tt.atMost || !strings.HasPrefix(string(text), tt.answer) {
-					t.Errorf("cut after %v with %q", d, text)
-				}
-			})
-		}
-	})
 	t.Run("2,000 idle connections", func(t *testing.T) {
 		for range 2000 {
 			dial(t)
@@ -3160,37 +3125,105 @@ func TestTheEndComesInTime(t *testing.T) {
 	}
 }
 
-func TestConnectionsAreCutInTime(t *testing.T) {
-	if !long {
-		t.Skip("SESSION_STORAGE_LONG=1 waits for two minutes")
+// pipes is a listener of connections within the process, which know the virtual time of a synctest bubble.
+type pipes struct {
+	conns chan net.Conn
+	ended context.Context
+	end   context.CancelFunc
+}
+
+func (p *pipes) Addr() net.Addr { return &net.TCPAddr{} }
+func (p *pipes) Close() error   { p.end(); return nil }
+
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.conns:
+		return c, nil
+	case <-p.ended.Done():
+		return nil, net.ErrClosed
 	}
-	t.Parallel()
-	s := start(t)
-	begin := time.Now()
-	t.Run("one that does not read", func(t *testing.T) {
-		t.Parallel()
-		c := s.unread()
-		eventually(t, time.Minute, "it is cut", func() bool {
-			c.SetWriteDeadline(time.Now().Add(time.Second))
-			_, err := io.WriteString(c, "x")
-			return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+// noticed is a connection that says when it is closed.
+type noticed struct {
+	net.Conn
+	closed chan time.Time
+}
+
+func (c *noticed) Close() error {
+	select {
+	case c.closed <- time.Now():
+	default: // not for the first time
+	}
+	return c.Conn.Close()
+}
+
+func TestClientsHaveTheirTime(t *testing.T) {
+	body := credentials("nobody@example.com", password)
+	head := fmt.Sprintf("POST /user/signin HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", len(body))
+	for name, tt := range map[string]struct {
+		sent, slowly string        // at once, then a byte a second
+		unread       bool          // by the client
+		busy         time.Duration // with another's bcrypt
+		cutAfter     time.Duration
+		answer       string
+	}{
+		"for the first byte":   {cutAfter: 5 * time.Second},
+		"for headers":          {sent: "GET /user HTTP/1.1\r\nX: ", slowly: strings.Repeat("x", 100), cutAfter: 5 * time.Second},
+		"for a body":           {sent: head, slowly: body, cutAfter: 10 * time.Second, answer: "HTTP/1.1 400 "},
+		"for idling":           {sent: "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", cutAfter: 2 * time.Minute, answer: "HTTP/1.1 200 "},
+		"to read the answer":   {sent: "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", unread: true, cutAfter: 30 * time.Second},
+		"for a body and queue": {sent: head + body[:len(body)-9], slowly: body[len(body)-9:], busy: 12 * time.Second, cutAfter: 12*time.Second + 2*time.Minute, answer: "HTTP/1.1 401 "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, stop := context.WithCancel(t.Context())
+				listener := &pipes{conns: make(chan net.Conn)}
+				listener.ended, listener.end = context.WithCancel(t.Context())
+				log := slog.New(slog.DiscardHandler)
+				gate := newGate(1)
+				if tt.busy > 0 {
+					gate.enter(ctx)
+					time.AfterFunc(tt.busy, func() { gate.leave(time.Now()) })
+				}
+				s := newServer(config{bcryptCost: bcrypt.MinCost}, openTestDatabase(t), &mapSessions{}, gate, new(expvar.Map), log)
+				served := make(chan error)
+				go func() { served <- serveHTTP(ctx, listener, s, log) }()
+				client, server := net.Pipe()
+				closed := make(chan time.Time, 1)
+				begin := time.Now()
+				listener.conns <- &noticed{server, closed}
+				go func() {
+					io.WriteString(client, tt.sent)
+					for _, b := range []byte(tt.slowly) {
+						time.Sleep(time.Second)
+						client.Write([]byte{b})
+					}
+				}()
+				answer := make(chan []byte, 1)
+				if !tt.unread {
+					go func() {
+						text, _ := io.ReadAll(client)
+						answer <- text
+					}()
+				}
+				if d := (<-closed).Sub(begin); d < tt.cutAfter || d > tt.cutAfter+time.Second {
+					t.Errorf("cut after %v, want %v", d, tt.cutAfter)
+				}
+				if !tt.unread {
+					if text := <-answer; !bytes.HasPrefix(text, []byte(tt.answer)) {
+						t.Errorf("answer %q, want %q", text, tt.answer)
+					}
+				}
+				client.Close()
+				stop()
+				if err := <-served; err != nil {
+					t.Error(err)
+				}
+				time.Sleep(time.Hour) // whatever has not ended does
+			})
 		})
-		t.Logf("cut after %v", time.Since(begin))
-	})
-	t.Run("an idle one", func(t *testing.T) {
-		t.Parallel()
-		c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-		io.WriteString(c, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-		c.SetReadDeadline(time.Now().Add(3 * time.Minute))
-		io.ReadAll(c)
-		if d := time.Since(begin); d < 119*time.Second || d > 130*time.Second {
-			t.Errorf("cut after %v, want 2 minutes", d)
-		}
-	})
+	}
 }
 
 const limitEnv = "TEST_LIMIT" // a shell command that limits the process
