@@ -381,7 +381,7 @@ func (s *redisSessions) exchange(deadline time.Time, batch ...*operation) (err e
 		cmds = append(cmds, op.cmds...)
 	}
 	nonce := rand.Text()
-	sent := append(slices.Clip(cmds), []any{"PING", nonce})
+	sent := append(cmds, []any{"PING", nonce})
 	if len(cmds) > 1 {
 		sent = slices.Concat([][]any{{"MULTI"}}, sent, [][]any{{"EXEC"}})
 	}
