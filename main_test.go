@@ -733,6 +733,18 @@ func TestWrongConfigurationIsRefused(t *testing.T) {
 	}
 }
 
+func TestConfigurationAtItsLimitsIsAccepted(t *testing.T) {
+	for _, tt := range []struct{ name, value string }{
+		{"ADDR", ":0"}, {"ADDR", "[::1]:65535"}, {"DB_PATH", "/data/my users?#%.db"}, {"SESSION_TTL", "1s"}, {"SESSION_TTL", "87600h0m0s"},
+		{"BCRYPT_COST", "10"}, {"BCRYPT_COST", "15"}, {"COOKIE_SECURE", "false"}, {"TRUSTED_PROXIES", " 10.0.0.0/8 , ::1/128"},
+		{"REDIS_URL", "redis://h:1"}, {"REDIS_URL", "rediss://u:p%40@[::1]:65535/15"}, {"REDIS_URL", "redis-sentinel://:p@h:1,i:2/n/0"},
+	} {
+		if _, err := loadConfig(func(name string) string { return map[string]string{tt.name: tt.value}[name] }); err != nil {
+			t.Errorf("%s=%q: %v", tt.name, tt.value, err)
+		}
+	}
+}
+
 func TestAllThatIsWrongIsReportedAtOnceAndNoPassword(t *testing.T) {
 	for _, url := range []string{
 		"redis://user:s3cret@localhost:6379/x", "redis://user:s3c@s3cret@localhost:6379", "redis://:s3cret@localhost",
@@ -841,6 +853,14 @@ func TestHealthcheck(t *testing.T) {
 	}
 	if code := check("127.0.0.1:" + freePort(t)); code != 1 {
 		t.Errorf("of no service: exit status %d, want 1", code)
+	}
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	if code := check(silent.Addr().String()); code != 1 {
+		t.Errorf("of a service that does not answer: exit status %d, want 1", code)
 	}
 }
 
@@ -1530,6 +1550,37 @@ func TestAPanicIsAnswered500AndLogged(t *testing.T) {
 	if line := log.find(t, "request failed"); !strings.Contains(line["err"].(string), "handlers.go") {
 		t.Errorf("log line %v, want the stack", line)
 	}
+}
+
+// brokenSessions is a session store out of reach.
+type brokenSessions struct{ SessionStore }
+
+func (brokenSessions) Get(context.Context, string) (User, error) {
+	return User{}, unavailable(errors.New("no route to host"))
+}
+
+func TestAnOutageIsCountedAndLoggedOnceASecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log, metrics := newLogBuffer(), new(expvar.Map)
+		s := newServer(config{}, nil, brokenSessions{}, newGate(1), metrics, slog.New(slog.NewJSONHandler(log, nil)))
+		r, _ := http.NewRequest("GET", "/user", nil)
+		r.Header.Set("Cookie", cookieName+"="+newUUID())
+		for range 3 {
+			for range 100 {
+				w := &recorder{header: http.Header{}}
+				if s.ServeHTTP(w, r); w.status != 503 || w.header.Get("Retry-After") == "" || strings.Contains(w.body.String(), "route") {
+					t.Fatalf("status %d, %v: %s", w.status, w.header, &w.body)
+				}
+			}
+			time.Sleep(time.Second)
+		}
+		if n := metrics.Get("storeErrors"); n == nil || n.String() != "300" {
+			t.Errorf("counted %v errors, want 300", n)
+		}
+		if n := strings.Count(log.String(), "no route to host"); n != 3 {
+			t.Errorf("logged %d times, want 3", n)
+		}
+	})
 }
 
 // recorder is a ResponseWriter for handlers called without a connection.
