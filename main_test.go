@@ -1552,6 +1552,50 @@ func TestAPanicIsAnswered500AndLogged(t *testing.T) {
 	}
 }
 
+func TestTooManySignInsAreToldWhenToComeBack(t *testing.T) {
+	s := newServer(config{bcryptCost: bcrypt.MinCost}, openTestDatabase(t), &mapSessions{}, newGate(1), new(expvar.Map), slog.New(slog.DiscardHandler))
+	for range maxQueue {
+		s.gate.queue <- struct{}{}
+	}
+	for _, path := range []string{"/user", "/user/signin"} {
+		if w := s.post(path, credentials(newEmail(), password)); w.status != 503 || w.header.Get("Retry-After") != "10" {
+			t.Errorf("POST %s: status %d, %v, want 503 and Retry-After: 10", path, w.status, w.header)
+		}
+	}
+}
+
+// racingSessions are sessions during whose creation another request registers the same email.
+type racingSessions struct {
+	mapSessions
+	db *database
+}
+
+func (r *racingSessions) Create(ctx context.Context, id, replaced string, user User, ttl time.Duration) error {
+	other := user
+	other.ID = newUUID()
+	return cmp.Or(r.mapSessions.Create(ctx, id, replaced, user, ttl), r.db.InsertUser(ctx, other, "hash"))
+}
+
+func TestARegistrationThatLosesTheRaceLeavesNoSession(t *testing.T) {
+	sessions := &racingSessions{mapSessions{sessions: map[string]mapSession{}}, openTestDatabase(t)}
+	s := newServer(config{bcryptCost: bcrypt.MinCost}, sessions.db, sessions, newGate(1), new(expvar.Map), slog.New(slog.DiscardHandler))
+	if w := s.post("/user", credentials(newEmail(), password)); w.status != 409 || w.header.Get("Set-Cookie") != "" {
+		t.Errorf("status %d, %v, want 409 and no cookie", w.status, w.header)
+	}
+	if len(sessions.sessions) > 0 {
+		t.Errorf("left behind: %v", sessions.sessions)
+	}
+}
+
+// post asks without a connection.
+func (s *server) post(path, body string) *recorder {
+	r, _ := http.NewRequest("POST", path, strings.NewReader(body))
+	r.Header.Set("Content-Type", "application/json")
+	w := &recorder{header: http.Header{}}
+	s.ServeHTTP(w, r)
+	return w
+}
+
 // brokenSessions is a session store out of reach.
 type brokenSessions struct{ SessionStore }
 
@@ -1877,6 +1921,7 @@ func TestTheGuardFollowsReplies(t *testing.T) {
 	for _, text := range []string{
 		"+OK\r\n", "-ERR $5 *7 - no\r\n", ":12\r\n", ":-12\r\n", "$-1\r\n", "*-1\r\n", "$0\r\n\r\n", "*0\r\n",
 		"$11\r\n$99\r\n*99\r\n-\r\n", "*3\r\n$2\r\nid\r\n*1\r\n$10\r\n0123456789\r\n:7\r\n",
+		"$10\r\n0\r\n$30\r\nxx\r\n", "$9\r\n0\r\n$29\r\nx\r\n",
 	} {
 		guarded := &guardedConn{Conn: &answeringConn{answer: iotest.OneByteReader(strings.NewReader(text))}}
 		c := redis.NewConn(guarded, 0, 0)
