@@ -3017,31 +3017,49 @@ func TestACrashLosesNothingThatWasAnswered(t *testing.T) {
 func TestSQLiteInTrouble(t *testing.T) {
 	t.Parallel()
 	url := redisURL(t)
-	t.Run("locked by another process", func(t *testing.T) {
-		s := start(t, "REDIS_URL="+url, "BCRYPT_COST=10")
-		s.faulty = true
-		email, weak := newEmail(), newEmail()
-		s.addAccount(email, 10)
-		s.addAccount(weak, bcrypt.MinCost)
-		id := s.signIn(email)
-		db := openSQL(t, s.dbPath)
-		defer db.Close()
+	// lock begins a write to the file that does not end.
+	lock := func(t *testing.T, path string) (unlock func()) {
+		db := openSQL(t, path)
+		t.Cleanup(func() { db.Close() })
 		db.SetMaxOpenConns(1)
 		if _, err := db.Exec(`BEGIN IMMEDIATE`); err != nil {
 			t.Fatal(err)
 		}
+		return func() {
+			if _, err := db.Exec(`ROLLBACK`); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	t.Run("locked by another process", func(t *testing.T) {
+		s := start(t, "REDIS_URL="+url)
+		s.faulty = true
+		email := newEmail()
+		s.addAccount(email, 10)
+		id := s.signIn(email)
+		unlock := lock(t, s.dbPath)
 		begin := time.Now()
 		if a := s.ask("POST", "/user", credentials(newEmail(), password)); a.status != 503 || time.Since(begin) > 3*time.Second {
 			t.Errorf("POST /user: status %d after %v, want 503 within 3 s", a.status, time.Since(begin))
 		}
 		s.want(200, id)
 		s.signIn(email) // reads, and writes to Redis only
-		s.signIn(weak)  // whose hash cannot be stored anew
-		s.log.find(t, "password hash not upgraded")
-		if _, err := db.Exec(`ROLLBACK`); err != nil {
-			t.Fatal(err)
-		}
+		unlock()
 		s.register(newEmail())
+	})
+	t.Run("a hash that cannot be stored anew", func(t *testing.T) {
+		s := start(t, "REDIS_URL="+url, "BCRYPT_COST=10")
+		s.faulty = true
+		email := newEmail()
+		s.addAccount(email, bcrypt.MinCost)
+		unlock := lock(t, s.dbPath)
+		s.signIn(email)
+		s.log.find(t, "password hash not upgraded")
+		unlock()
+		s.signIn(email)
+		if n := s.count(`SELECT count(*) FROM users WHERE email = ? AND password_hash LIKE '$2a$10$%'`, email); n != 1 {
+			t.Error("nor later")
+		}
 	})
 	t.Run("disk full", func(t *testing.T) {
 		s := startProcess(t, "REDIS_URL="+url, limitEnv+"=ulimit -f 400") // blocks of 512 or 1,024 bytes
