@@ -3332,6 +3332,9 @@ func TestClientsHaveTheirTime(t *testing.T) {
 				}
 				client.Close()
 				stop()
+				if synctest.Wait(); listener.ended.Err() == nil {
+					t.Error("told to stop, it accepts connections")
+				}
 				if err := <-served; err != nil {
 					t.Error(err)
 				}
