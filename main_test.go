@@ -8,28 +8,23 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	crand "crypto/rand"
 	"crypto/x509"
 	"database/sql"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
-	"expvar"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
-	"math/big"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -54,158 +49,244 @@ import (
 // ---------------------------------------------------------------------------------------------------
 // Harness: finding Redis, running the service, asking it.
 
-const runMainEnv = "SESSION_STORAGE_TEST_RUNS_MAIN" // set: the test binary is a server, the program's or another
+const programEnv = "SESSION_STORAGE_TEST_IS_PROGRAM" // set: the test binary is the program itself
 
 func TestMain(m *testing.M) {
-	if variant := os.Getenv(runMainEnv); variant == "main" {
+	if os.Getenv(programEnv) != "" {
 		main()
 		os.Exit(1) // should main return: or this process would run the tests, and those would start it again
-	} else if variant != "" {
-		os.Exit(runVariant(variant))
 	}
 	lastPort.Store(rand.Uint32N(20_000))
 	flag.Parse()
-	if !flagSet("test.parallel") {
-		flag.Set("test.parallel", "16") // most tests wait
+	if !isFlagSet("test.parallel") {
+		flag.Set("test.parallel", "8") // most tests wait
 	}
+	runtime.GOMAXPROCS(4 * runtime.NumCPU()) // so that what hashes does not keep others from answering in time
 	code := m.Run()
 	sharedRedis.stop()
 	if n := redisSkips.Load(); n > 0 {
-		loudly(fmt.Sprintf("!!! %d TESTS SKIPPED FOR WANT OF A REDIS: install redis-server, or set REDIS_URL, or start Docker\n", n))
+		fmt.Printf("%d TESTS SKIPPED FOR WANT OF A REDIS: %s\n", n, howToGetRedis)
 	}
 	os.Exit(code)
 }
 
-// loudly prints a line past go test, which shows nothing that a package prints when its tests pass.
-func loudly(line string) {
-	for _, name := range []string{fmt.Sprintf("/proc/%d/fd/2", os.Getppid()), "/dev/tty"} {
-		if f, err := os.OpenFile(name, os.O_WRONLY|os.O_APPEND, 0); err == nil {
-			defer f.Close()
-			if _, err := io.WriteString(f, line); err == nil {
-				return
-			}
-		}
-	}
-	fmt.Print(line)
-}
-
-func flagSet(name string) (set bool) {
+func isFlagSet(name string) bool {
+	set := false
 	flag.Visit(func(f *flag.Flag) { set = set || f.Name == name })
 	return set
 }
 
-// skipRedis skips a test that needs a Redis, or fails it where nothing may be skipped.
-func skipRedis(t testing.TB, why string) {
-	t.Helper()
-	if os.Getenv("CI") != "" {
-		t.Fatal("CI is set and there is no Redis: " + why)
-	}
-	redisSkips.Add(1)
-	t.Skip("NO REDIS: " + why)
-}
+const howToGetRedis = "install redis-server, or start Docker, or set REDIS_URL for the tests that do not break theirs"
 
 var redisSkips atomic.Int64
 
+// skipRedis skips a test that needs a Redis, or fails it where nothing may be skipped.
+func skipRedis(t testing.TB) {
+	t.Helper()
+	if os.Getenv("CI") != "" {
+		t.Fatal("CI is set and there is no Redis: " + howToGetRedis)
+	}
+	redisSkips.Add(1)
+	t.Skip("no Redis: " + howToGetRedis)
+}
+
 // sharedRedis is the Redis of all tests that do not break theirs. Their keys are random, so that they do
 // not meet, nor whatever else a Redis named by REDIS_URL holds.
-var sharedRedis = shared{stop: func() {}}
-
-type shared struct {
+var sharedRedis = struct {
 	once sync.Once
-	url  string
-	why  string // there is none
+	url  string // "": there is none
 	stop func()
-}
+}{stop: func() {}}
 
 func redisURL(t testing.TB) string {
 	t.Helper()
 	sharedRedis.once.Do(func() {
-		if sharedRedis.url = os.Getenv("REDIS_URL"); sharedRedis.url != "" {
+		sharedRedis.url = os.Getenv("REDIS_URL")
+		if sharedRedis.url != "" {
 			return
 		}
-		if _, err := exec.LookPath("redis-server"); err == nil {
-			dir, err := os.MkdirTemp("", "session-storage-redis")
-			if err != nil {
-				t.Fatal(err)
-			}
-			r := launchRedis(t, dir, freePort(t))
-			sharedRedis.url = r.url()
-			sharedRedis.stop = func() { r.kill(); os.RemoveAll(dir) }
+		host, stop := newRedisHost(t)
+		if host == nil {
 			return
 		}
-		if exec.Command("docker", "info").Run() == nil {
-			port := freePort(t)
-			out, err := exec.Command("docker", "run", "-d", "--rm", "-p", "127.0.0.1:"+port+":6379", "redis:7-alpine").Output()
-			if err == nil {
-				sharedRedis.url = "redis://127.0.0.1:" + port
-				sharedRedis.stop = func() { exec.Command("docker", "kill", strings.TrimSpace(string(out))).Run() }
-				return
-			}
-		}
-		sharedRedis.why = "install redis-server, or set REDIS_URL, or start Docker"
+		sharedRedis.stop = stop
+		sharedRedis.url = host.start(t).url()
 	})
-	if sharedRedis.why != "" {
-		skipRedis(t, sharedRedis.why)
+	if sharedRedis.url == "" {
+		skipRedis(t)
 	}
 	return sharedRedis.url
 }
 
-// redisServer is a Redis of a test's own, which it may break.
-type redisServer struct {
-	dir, port string
-	args      []string
-	cmd       *exec.Cmd
+// redisHost is where Redis servers run: this machine, or a container that publishes its ports under the same
+// numbers, so that 127.0.0.1 and a port mean the same server on either side.
+type redisHost struct {
+	enter []string // what stands in front of a command
+	bind  string
+	dir   string
+	ports []string // that nobody has used yet
+
+	servers []*redisServer
 }
 
-// ownRedis starts a redis-server with the given options, and stops it at the test's end.
-func ownRedis(t testing.TB, args ...string) *redisServer {
+const portsOfHost = 8
+
+// newRedisHost returns nil where there is neither a redis-server on PATH nor Docker.
+func newRedisHost(t testing.TB) (host *redisHost, stop func()) {
 	t.Helper()
-	if _, err := exec.LookPath("redis-server"); err != nil {
-		skipRedis(t, "this test breaks its Redis: it needs a redis-server of its own on PATH")
+	host = &redisHost{ports: freePorts(portsOfHost)}
+	if _, err := exec.LookPath("redis-server"); err == nil {
+		dir, err := os.MkdirTemp("", "session-storage-redis")
+		if err != nil {
+			t.Fatal(err)
+		}
+		host.bind = "127.0.0.1"
+		host.dir = dir
+		return host, func() { host.killServers(); os.RemoveAll(dir) }
 	}
-	r := launchRedis(t, t.TempDir(), freePort(t), args...)
-	t.Cleanup(r.kill)
+	if exec.Command("docker", "info").Run() != nil {
+		return nil, func() {}
+	}
+	args := []string{"run", "--detach", "--rm"}
+	for _, port := range host.ports {
+		args = append(args, "--publish", "127.0.0.1:"+port+":"+port)
+	}
+	args = append(args, "redis:7-alpine", "sh", "-c", "while :; do sleep 3600; done")
+	id, err := exec.Command("docker", args...).Output()
+	if err != nil {
+		t.Fatalf("docker %s: %v", strings.Join(args, " "), err)
+	}
+	container := strings.TrimSpace(string(id))
+	host.enter = []string{"docker", "exec", "--interactive", container}
+	host.bind = "0.0.0.0"
+	host.dir = "/data"
+	return host, func() {
+		host.killServers()
+		exec.Command("docker", "rm", "--force", "--volumes", container).Run()
+	}
+}
+
+func (h *redisHost) killServers() {
+	for _, r := range h.servers {
+		r.kill()
+	}
+}
+
+// ownRedisHost is one that the test need not share.
+func ownRedisHost(t testing.TB) *redisHost {
+	t.Helper()
+	host, stop := newRedisHost(t)
+	if host == nil {
+		skipRedis(t)
+	}
+	t.Cleanup(stop)
+	return host
+}
+
+// command is one that runs on the host.
+func (h *redisHost) command(args ...string) *exec.Cmd {
+	args = append(slices.Clone(h.enter), args...)
+	return exec.Command(args[0], args[1:]...)
+}
+
+// write makes a file on the host and returns its path there.
+func (h *redisHost) write(t testing.TB, name string, content []byte) string {
+	t.Helper()
+	path := h.dir + "/" + name
+	cmd := h.command("sh", "-c", `cat > "$0"`, path)
+	cmd.Stdin = bytes.NewReader(content)
+	if err := cmd.Run(); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func (h *redisHost) port() string {
+	port := h.ports[0]
+	h.ports = h.ports[1:]
+	return port
+}
+
+func (h *redisHost) newServer() *redisServer {
+	r := &redisServer{host: h, port: h.port()}
+	h.servers = append(h.servers, r)
 	return r
 }
 
-func launchRedis(t testing.TB, dir, port string, args ...string) *redisServer {
-	r := &redisServer{dir: dir, port: port, args: args}
+// start starts a redis-server with further options.
+func (h *redisHost) start(t testing.TB, options ...string) *redisServer {
+	t.Helper()
+	r := h.newServer()
+	r.args = append([]string{"--port", r.port, "--bind", h.bind, "--protected-mode", "no", "--save", "",
+		"--dir", h.dir, "--dbfilename", r.port + ".rdb", "--appenddirname", r.port + ".aof"}, options...)
 	r.launch(t)
 	return r
 }
 
+// startSentinel starts a sentinel with further lines of configuration.
+func (h *redisHost) startSentinel(t testing.TB, lines ...string) *redisServer {
+	t.Helper()
+	r := h.newServer()
+	conf := fmt.Sprintf("port %s\nbind %s\nprotected-mode no\ndir %s\n%s\n", r.port, h.bind, h.dir, strings.Join(lines, "\n"))
+	r.args = []string{h.write(t, r.port+".conf", []byte(conf)), "--sentinel"}
+	r.launch(t)
+	return r
+}
+
+// redisServer is a Redis of a test's own, which it may break.
+type redisServer struct {
+	host *redisHost
+	port string
+	args []string
+	cmd  *exec.Cmd
+}
+
+// ownRedis starts a Redis with the given options, and stops it at the test's end.
+func ownRedis(t testing.TB, options ...string) *redisServer {
+	t.Helper()
+	return ownRedisHost(t).start(t, options...)
+}
+
+func (r *redisServer) addr() string { return "127.0.0.1:" + r.port }
+func (r *redisServer) url() string  { return "redis://" + r.addr() }
+
+// launch starts the server, anew after kill, and waits until it answers, if only that it is loading.
 func (r *redisServer) launch(t testing.TB) {
 	t.Helper()
-	args := append([]string{"--port", r.port, "--bind", "127.0.0.1", "--save", "", "--dir", r.dir}, r.args...)
-	if len(r.args) > 0 && r.args[0] == "--sentinel" {
-		args = []string{r.args[1], "--sentinel"}
-	}
-	r.cmd = exec.Command("redis-server", args...)
+	pidFile := r.host.dir + "/" + r.port + ".pid"
+	r.cmd = r.host.command(append([]string{"sh", "-c", `echo $$ > "$0" && exec redis-server "$@"`, pidFile}, r.args...)...)
 	if err := r.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 10*time.Second, "redis-server listens", func() bool {
-		c, err := net.Dial("tcp", "127.0.0.1:"+r.port)
-		if err == nil {
-			c.Close()
+	eventually(t, 20*time.Second, "redis-server answers", func() bool {
+		c, err := redis.Dial("tcp", r.addr(), redis.DialReadTimeout(time.Second), redis.DialConnectTimeout(time.Second))
+		if err != nil {
+			return false
 		}
-		return err == nil
+		defer c.Close()
+		_, err = c.Do("PING")
+		_, answered := err.(redis.Error)
+		return err == nil || answered
 	})
 }
 
-func (r *redisServer) url() string { return "redis://127.0.0.1:" + r.port }
-
 func (r *redisServer) kill() {
-	r.cmd.Process.Kill()
+	if r.cmd == nil {
+		return
+	}
+	r.signal("KILL")
 	r.cmd.Wait()
 }
 
-// signal sends STOP or CONT.
-func (r *redisServer) signal(t testing.TB, name string) {
+// signal sends a signal by its name, such as STOP or CONT.
+func (r *redisServer) signal(name string) {
+	r.host.command("sh", "-c", `kill -"$0" "$(cat "$1")"`, name, r.host.dir+"/"+r.port+".pid").Run()
+}
+
+// do runs a command on the server, past the service.
+func (r *redisServer) do(t testing.TB, name string, args ...any) any {
 	t.Helper()
-	if err := exec.Command("kill", "-"+name, strconv.Itoa(r.cmd.Process.Pid)).Run(); err != nil {
-		t.Fatal(err)
-	}
+	return redisDo(t, r.url(), name, args...)
 }
 
 // redisDo runs a command on the Redis at url, past the service.
@@ -223,18 +304,21 @@ func redisDo(t testing.TB, url, name string, args ...any) any {
 	return reply
 }
 
-// freePort returns a port that no other test gets: one that was freed could be another's before it is
-// used. It lies below those that the system hands out by itself.
-func freePort(t testing.TB) string {
-	t.Helper()
-	for {
+// freePorts returns ports that no other test gets: one that was freed could be another's before it is used.
+// They lie below those that the system hands out by itself.
+func freePorts(n int) []string {
+	var ports []string
+	for len(ports) < n {
 		port := strconv.Itoa(10_000 + int(lastPort.Add(1))%20_000)
 		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
 			l.Close()
-			return port
+			ports = append(ports, port)
 		}
 	}
+	return ports
 }
+
+func freePort() string { return freePorts(1)[0] }
 
 var lastPort atomic.Uint32
 
@@ -250,2062 +334,26 @@ func eventually(t testing.TB, limit time.Duration, what string, condition func()
 	}
 }
 
-// logBuffer is a service's standard error.
-type logBuffer struct {
-	mu      sync.Mutex
-	changed sync.Cond
-	text    bytes.Buffer
-	ended   bool
-}
-
-func newLogBuffer() *logBuffer {
-	b := &logBuffer{}
-	b.changed.L = &b.mu
-	return b
-}
-
-func (b *logBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.changed.Broadcast()
-	return b.text.Write(p)
-}
-
-func (b *logBuffer) end() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.ended = true
-	b.changed.Broadcast()
-}
-
-func (b *logBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.text.String()
-}
-
-// find waits for a line with that message, and returns it.
-func (b *logBuffer) find(t testing.TB, msg string) map[string]any {
-	t.Helper()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	late := false
-	defer time.AfterFunc(15*time.Second, func() {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		late = true
-		b.changed.Broadcast()
-	}).Stop()
-	for {
-		for line := range strings.Lines(b.text.String()) {
-			var fields map[string]any
-			if json.Unmarshal([]byte(line), &fields) == nil && fields["msg"] == msg {
-				return fields
-			}
-		}
-		if b.ended || late {
-			t.Fatalf("the service did not log %q:\n%s", msg, b.text.String())
-		}
-		b.changed.Wait()
-	}
-}
-
-// service is a running instance of the program.
-type service struct {
-	testing.TB
-	url, dbPath string
-	log         *logBuffer
-	client      *http.Client
-	secrets     []string // that were sent, and must not be logged
-	mu          sync.Mutex
-	faulty      bool      // its log may hold errors
-	stop        func()    // as SIGTERM does; waits for the end
-	cmd         *exec.Cmd // when it is a process
-}
-
-// environment is the environment of a test's service: a free port, a file of its own, and the given
-// variables.
-func environment(t testing.TB, vars []string) map[string]string {
-	env := map[string]string{"ADDR": "127.0.0.1:0", "DB_PATH": filepath.Join(t.TempDir(), "users.db"),
-		"GOMAXPROCS": "as it is", "GOGC": "as it is"}
-	for _, v := range vars {
-		name, value, _ := strings.Cut(v, "=")
-		env[name] = value
-	}
-	return env
-}
-
-// start runs the program within the test, and at its end stops it and looks through its log.
-func start(t testing.TB, vars ...string) *service {
-	t.Helper()
-	env := environment(t, vars)
-	s := &service{TB: t, dbPath: env["DB_PATH"], log: newLogBuffer(), client: newClient()}
-	ctx, cancel := context.WithCancel(context.Background())
-	exited := make(chan int, 1)
-	go func() {
-		exited <- runCheaply(ctx, func(name string) string { return env[name] }, s.log)
-		s.log.end()
-	}()
-	s.stop = sync.OnceFunc(func() {
-		s.client.CloseIdleConnections() // one without a request yet would hold up the end
-		cancel()
-		if code := <-exited; code != 0 {
-			t.Errorf("exit status %d, want 0:\n%s", code, s.log)
-		}
-		s.checkLog()
-	})
-	t.Cleanup(s.stop)
-	s.url = "http://" + s.log.find(t, "listening")["addr"].(string)
-	return s
-}
-
-// runCheaply is run with bcrypt at its lowest cost, which no configuration allows, unless the environment
-// sets one: the race detector makes bcrypt ten times slower.
-func runCheaply(ctx context.Context, getenv func(string) string, stderr io.Writer) int {
-	if getenv("BCRYPT_COST") != "" {
-		return run(ctx, nil, getenv, io.Discard, stderr)
-	}
-	cfg, err := loadConfig(getenv)
-	if err != nil {
-		fmt.Fprintln(stderr, err)
-		return 2
-	}
-	cfg.bcryptCost = bcrypt.MinCost
-	log := slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel}))
-	if err := serve(ctx, cfg, newGate(runtime.NumCPU()), log); err != nil {
-		fmt.Fprintln(stderr, err)
-		return 1
-	}
-	return 0
-}
-
-func newClient() *http.Client {
-	return &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 1000}, Timeout: 30 * time.Second,
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-}
-
-// startProcess runs the program as a process of its own, so that it can be killed.
-func startProcess(t testing.TB, vars ...string) *service {
-	t.Helper()
-	return startVariant(t, "cheap", vars...)
-}
-
-func startVariant(t testing.TB, variant string, vars ...string) *service {
-	t.Helper()
-	env := environment(t, vars)
-	delete(env, "GOMAXPROCS")
-	delete(env, "GOGC")
-	s := &service{TB: t, dbPath: env["DB_PATH"], log: newLogBuffer(), client: newClient()}
-	s.cmd = exec.Command(os.Args[0])
-	if limit := env[limitEnv]; limit != "" {
-		s.cmd = exec.Command("sh", "-c", limit+`; exec "$0"`, os.Args[0])
-	}
-	s.cmd.Env = append(os.Environ(), runMainEnv+"="+variant)
-	for name, value := range env {
-		s.cmd.Env = append(s.cmd.Env, name+"="+value)
-	}
-	s.cmd.Stderr = s.log
-	if err := s.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	exited := make(chan error, 1)
-	go func() { exited <- s.cmd.Wait(); s.log.end() }()
-	s.stop = sync.OnceFunc(func() {
-		s.client.CloseIdleConnections()
-		s.cmd.Process.Signal(syscall.SIGTERM) // as docker stop does
-		if variant == "bare" || variant == "pooled" {
-			s.cmd.Process.Kill()
-			s.faulty = true
-		}
-		if err := <-exited; err != nil && !s.faulty {
-			t.Errorf("exit: %v\n%s", err, s.log)
-		}
-		s.checkLog()
-	})
-	t.Cleanup(s.stop)
-	s.url = "http://" + s.log.find(t, "listening")["addr"].(string)
-	return s
-}
-
-// checkLog looks for secrets, for lines that are no JSON, and for errors nobody expected.
-func (s *service) checkLog() {
-	s.Helper()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	log := s.log.String()
-	for _, secret := range append(s.secrets, "$2a$", "$2b$", "panic", cookieName) {
-		if strings.Contains(log, secret) {
-			s.Errorf("the log holds %q:\n%s", secret, log)
-		}
-	}
-	for line := range strings.Lines(log) {
-		if !json.Valid([]byte(line)) && strings.HasSuffix(line, "\n") {
-			s.Errorf("a log line is no JSON: %s", line)
-		}
-		if strings.Contains(line, `"level":"ERROR"`) && !s.faulty {
-			s.Errorf("unexpected error in the log: %s", line)
-		}
-	}
-}
-
-// answer is what the service said.
-type reply struct {
-	status int
-	header http.Header
-	body   string
-	cookie *http.Cookie // session-id, nil when it was not set
-}
-
-// send sends a request, checks what every answer has in common, and returns the answer or what broke it.
-func (s *service) send(method, path, body string, header ...string) (*reply, error) {
-	s.Helper()
-	req, err := http.NewRequest(method, s.url+path, strings.NewReader(body))
-	if err != nil {
-		s.Fatal(err)
-	}
-	if body != "" {
-		req.Header.Set("Content-Type", "application/json")
-	}
-	for _, h := range header {
-		name, value, _ := strings.Cut(h, ": ")
-		req.Header.Add(name, value)
-	}
-	resp, err := s.client.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return nil, err
-	}
-	a := &reply{status: resp.StatusCode, header: resp.Header, body: string(text)}
-	for _, c := range resp.Cookies() {
-		if c.Name == cookieName {
-			a.cookie = c
-		}
-	}
-	s.check(method+" "+path, a)
-	return a, nil
-}
-
-// ask is send for an answer that must come.
-func (s *service) ask(method, path, body string, header ...string) *reply {
-	s.Helper()
-	a, err := s.send(method, path, body, header...)
-	if err != nil {
-		s.Fatalf("%s %s: %v", method, path, err)
-	}
-	return a
-}
-
-// check is what holds of every answer.
-func (s *service) check(what string, a *reply) {
-	s.Helper()
-	fail := func(format string, args ...any) {
-		s.Helper()
-		s.Errorf("%s: status %d: %s\n%v\n%s", what, a.status, fmt.Sprintf(format, args...), a.header, a.body)
-	}
-	if a.header.Get("Cache-Control") != "no-store" || a.header.Get("X-Content-Type-Options") != "nosniff" {
-		fail("without no-store or nosniff")
-	}
-	contentType := "application/json"
-	if a.status >= 400 {
-		contentType = "application/problem+json"
-	} else if a.status == 204 {
-		contentType = ""
-	}
-	if a.header.Get("Content-Type") != contentType {
-		fail("content type is not %q", contentType)
-	}
-	for _, internal := range []string{"$2a$", "$2b$", "password_hash", "passwordHash", "sqlite", "SQL", "redis", "dial", "goroutine", ".go:", "context", "EOF", "127.0.0.1"} {
-		if strings.Contains(a.body, internal) {
-			fail("tells %q", internal)
-		}
-	}
-	if a.status == 503 && a.header.Get("Retry-After") == "" || a.status == 429 && a.header.Get("Retry-After") == "" {
-		fail("without Retry-After")
-	}
-	if a.status >= 400 && a.body != "" {
-		var p struct {
-			Title, Detail string
-			Status        int
-			Errors        map[string]string
-		}
-		d := json.NewDecoder(strings.NewReader(a.body))
-		d.DisallowUnknownFields()
-		if err := d.Decode(&p); err != nil || p.Title != http.StatusText(a.status) || p.Status != a.status || p.Detail == "" {
-			fail("is no problem of RFC 9457 (%v)", err)
-		}
-	}
-	if a.status >= 400 && a.cookie != nil {
-		fail("sets a cookie")
-	}
-}
-
-const password = "correct horse battery"
-
-var lastEmail atomic.Int64
-
-func newEmail() string { return fmt.Sprintf("user%d@example.com", lastEmail.Add(1)) }
-
-func credentials(email, password string) string {
-	text, _ := json.Marshal(map[string]string{"name": "Ada Lovelace", "email": email, "password": password})
-	return string(text)
-}
-
-func cookie(id string) string { return "Cookie: " + cookieName + "=" + id }
-
-// register makes an account over HTTP and returns its user and session id.
-func (s *service) register(email string, header ...string) (User, string) {
-	s.Helper()
-	a := s.ask("POST", "/user", credentials(email, password), header...)
-	if a.status != http.StatusCreated {
-		s.Fatalf("POST /user: status %d, want 201: %s", a.status, a.body)
-	}
-	var created registration
-	if err := json.Unmarshal([]byte(a.body), &created); err != nil || a.cookie == nil || a.cookie.Value != created.SessionID {
-		s.Fatalf("POST /user: %v, cookie %v, body %s", err, a.cookie, a.body)
-	}
-	s.secret(created.SessionID, password)
-	return created.User, created.SessionID
-}
-
-// signIn signs in over HTTP and returns the session id.
-func (s *service) signIn(email string, header ...string) string {
-	s.Helper()
-	a := s.ask("POST", "/user/signin", credentials(email, password), header...)
-	if a.status != http.StatusOK || a.cookie == nil {
-		s.Fatalf("POST /user/signin: status %d, want 200 and a cookie: %s", a.status, a.body)
-	}
-	s.secret(a.cookie.Value)
-	return a.cookie.Value
-}
-
-func (s *service) secret(secrets ...string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.secrets = append(s.secrets, secrets...)
-}
-
-// want asks for the session's user and checks the status.
-func (s *service) want(status int, id string) *reply {
-	s.Helper()
-	a := s.ask("GET", "/user", "", cookie(id))
-	if a.status != status {
-		s.Errorf("GET /user: status %d, want %d: %s", a.status, status, a.body)
-	}
-	return a
-}
-
-// userJSON is a user as the contract writes one.
-func userJSON(u User) string {
-	return fmt.Sprintf(`{"id":%q,"name":%q,"email":%q,"createdAt":%q,"updateAt":%q}`, u.ID, u.Name, u.Email, u.CreatedAt, u.UpdatedAt)
-}
-
-// addAccount puts an account with a cheap password hash into the database, past the service.
-func (s *service) addAccount(email string, cost int) User {
-	s.Helper()
-	hash, err := bcrypt.GenerateFromPassword([]byte(password), cost)
-	if err != nil {
-		s.Fatal(err)
-	}
-	user := User{newUUID(), "Ada Lovelace", email, "2025-03-30T20:00:00.000Z", "2025-03-30T20:00:00.000Z"}
-	s.exec(`INSERT INTO users (id, name, email, created_at, updated_at, password_hash) VALUES (?, ?, ?, ?, ?, ?)`,
-		user.ID, user.Name, user.Email, user.CreatedAt, user.UpdatedAt, string(hash))
-	return user
-}
-
-// exec runs SQL on the service's database, past the service.
-func (s *service) exec(query string, args ...any) {
-	s.Helper()
-	db := openSQL(s, s.dbPath)
-	defer db.Close()
-	if _, err := db.Exec(query, args...); err != nil {
-		s.Fatal(err)
-	}
-}
-
-// count is one number from the service's database.
-func (s *service) count(query string, args ...any) (n int) {
-	s.Helper()
-	db := openSQL(s, s.dbPath)
-	defer db.Close()
-	if err := db.QueryRow(query, args...).Scan(&n); err != nil {
-		s.Fatal(err)
-	}
-	return n
-}
-
-func openSQL(t testing.TB, path string) *sql.DB {
-	t.Helper()
-	db, err := sql.Open("sqlite", "file:"+path+"?_pragma=busy_timeout(5000)")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return db
-}
-
-// metric is one of the numbers that DEBUG_ADDR serves.
-func (s *service) metric(name string) float64 {
-	s.Helper()
-	resp, err := s.client.Get("http://" + s.log.find(s, "debug listening")["addr"].(string) + "/debug/vars")
-	if err != nil {
-		s.Fatal(err)
-	}
-	defer resp.Body.Close()
-	var vars struct{ Service map[string]any }
-	if err := json.NewDecoder(resp.Body).Decode(&vars); err != nil {
-		s.Fatal(err)
-	}
-	n, _ := vars.Service[name].(float64)
-	return n
-}
-
-// each runs a test on the service with either session backend.
-func each(t *testing.T, test func(t *testing.T, backend string)) {
-	t.Parallel()
-	t.Run("sqlite", func(t *testing.T) { t.Parallel(); test(t, "REDIS_URL=") })
-	t.Run("redis", func(t *testing.T) { t.Parallel(); test(t, "REDIS_URL="+redisURL(t)) })
-}
-
-// together runs n functions at the same moment.
-func together(n int, f func(i int)) {
-	var wg sync.WaitGroup
-	begin := make(chan struct{})
-	for i := range n {
-		wg.Go(func() { <-begin; f(i) })
-	}
-	close(begin)
-	wg.Wait()
-}
-
-// raise sets a maximum that several goroutines look for.
-func raise(worst *atomic.Int64, d time.Duration) {
-	for old := worst.Load(); int64(d) > old && !worst.CompareAndSwap(old, int64(d)); old = worst.Load() {
-	}
-}
-
-// ---------------------------------------------------------------------------------------------------
-// main.go
-
-func TestWrongConfigurationIsRefused(t *testing.T) {
-	for _, tt := range []struct{ name, value, want string }{
-		{"ADDR", "8080", "host:port"},
-		{"ADDR", ":http-alt", "host:port"},
-		{"ADDR", ":65536", "host:port"},
-		{"DB_PATH", ":memory:", "path of a file"},
-		{"DB_PATH", "file:x?mode=memory", "path of a file"},
-		{"REDIS_URL", "localhost:6379", "redis://"},
-		{"REDIS_URL", "http://localhost:6379", "redis://"},
-		{"REDIS_URL", "redis://localhost", "redis://"},
-		{"REDIS_URL", "redis://localhost:6379/zero", "redis://"},
-		{"REDIS_URL", "redis://localhost:6379/0?db=1", "redis://"},
-		{"REDIS_URL", "redis://a:1,b:2/0", "redis://"},
-		{"REDIS_URL", "redis://:1", "redis://"},
-		{"REDIS_URL", "redis://:%zz@a:1", "redis://"},
-		{"REDIS_URL", "redis-sentinel://a:1,:2/mymaster", "redis://"},
-		{"REDIS_URL", "redis-sentinel://a:1,b:2", "primary"},
-		{"REDIS_URL", "redis-sentinel://a:1,b/mymaster", "primary"},
-		{"SESSION_TTL", "7d", "duration"},
-		{"SESSION_TTL", "1500ms", "whole seconds"},
-		{"SESSION_TTL", "0s", "1s or more"},
-		{"SESSION_TTL", "-1h", "1s or more"},
-		{"BCRYPT_COST", "9", "10 to 15"},
-		{"BCRYPT_COST", "16", "10 to 15"},
-		{"BCRYPT_COST", "twelve", "10 to 15"},
-		{"COOKIE_SECURE", "yes", "true or false"},
-		{"TRUSTED_PROXIES", "10.0.0.1", "CIDRs"},
-		{"TRUSTED_PROXIES", "10.0.0.0/8,proxy", "CIDRs"},
-		{"DEBUG_ADDR", "6060", "host:port"},
-		{"LOG_LEVEL", "verbose", "debug, info, warn or error"},
-		{"LOG_LEVEL", "INFO", "debug, info, warn or error"},
-	} {
-		var stderr strings.Builder
-		code := run(t.Context(), nil, func(name string) string {
-			return map[string]string{tt.name: tt.value}[name]
-		}, io.Discard, &stderr)
-		for _, want := range []string{tt.name, tt.value[:min(4, len(tt.value))], tt.want} {
-			if code != 2 || !strings.Contains(stderr.String(), want) {
-				t.Errorf("%s=%q: exit status %d, want 2 and %q in: %s", tt.name, tt.value, code, want, &stderr)
-			}
-		}
-	}
-}
-
-func TestConfigurationAtItsLimitsIsAccepted(t *testing.T) {
-	for _, tt := range []struct{ name, value string }{
-		{"ADDR", ":0"}, {"ADDR", "[::1]:65535"}, {"DB_PATH", "/data/my users?#%.db"}, {"SESSION_TTL", "1s"}, {"SESSION_TTL", "87600h0m0s"},
-		{"BCRYPT_COST", "10"}, {"BCRYPT_COST", "15"}, {"COOKIE_SECURE", "false"}, {"TRUSTED_PROXIES", " 10.0.0.0/8 , ::1/128"},
-		{"REDIS_URL", "redis://h:1"}, {"REDIS_URL", "rediss://u:p%40@[::1]:65535/15"}, {"REDIS_URL", "redis-sentinel://:p@h:1,i:2/n/0"},
-	} {
-		if _, err := loadConfig(func(name string) string { return map[string]string{tt.name: tt.value}[name] }); err != nil {
-			t.Errorf("%s=%q: %v", tt.name, tt.value, err)
-		}
-	}
-}
-
-func TestAllThatIsWrongIsReportedAtOnceAndNoPassword(t *testing.T) {
-	for _, url := range []string{
-		"redis://user:s3cret@localhost:6379/x", "redis://user:s3c@s3cret@localhost:6379", "redis://:s3cret@localhost",
-		"redis:/user:s3cret@localhost:1", "user:s3cret@host", "redis://host:1/?password=s3cret", "redis://h:1#s3cret",
-		"redis-sentinel://u:s3cret@a:1,b:2/", "rediss://u:s3cret/s3cret@h:1",
-	} {
-		var stderr strings.Builder
-		env := map[string]string{"REDIS_URL": url, "BCRYPT_COST": "1", "LOG_LEVEL": "loud"}
-		code := run(t.Context(), nil, func(name string) string { return env[name] }, io.Discard, &stderr)
-		message := stderr.String()
-		if code != 2 || strings.Contains(message, "s3c") || !strings.Contains(message, "REDIS_URL") ||
-			!strings.Contains(message, "BCRYPT_COST") || !strings.Contains(message, "LOG_LEVEL") {
-			t.Errorf("%s: exit status %d, message: %s", url, code, message)
-		}
-	}
-}
-
-func TestConfigurationDefaults(t *testing.T) {
-	cfg, err := loadConfig(func(string) string { return "" })
-	if err != nil || cfg.addr != ":8080" || cfg.dbPath != "users.db" || cfg.redis != nil || cfg.sessionTTL != 7*24*time.Hour ||
-		cfg.bcryptCost != 12 || !cfg.cookieSecure || cfg.trustedProxies != nil || cfg.debugAddr != "" || cfg.logLevel != slog.LevelInfo {
-		t.Errorf("got %+v, %v", cfg, err)
-	}
-}
-
-func TestLogLevels(t *testing.T) {
-	t.Parallel()
-	ended, cancel := context.WithCancel(t.Context())
-	cancel()
-	for name, tt := range map[string]struct {
-		level slog.Level
-		seen  string
-	}{
-		"debug": {slog.LevelDebug, "ERROR INFO WARN"},
-		"info":  {slog.LevelInfo, "ERROR INFO WARN"},
-		"warn":  {slog.LevelWarn, "ERROR WARN"},
-		"error": {slog.LevelError, "ERROR"},
-	} {
-		env := environment(t, []string{"LOG_LEVEL=" + name, "COOKIE_SECURE=false", "REDIS_URL=redis://127.0.0.1:" + freePort(t)})
-		getenv := func(variable string) string { return env[variable] }
-		if cfg, err := loadConfig(getenv); err != nil || cfg.logLevel != tt.level {
-			t.Errorf("LOG_LEVEL=%s: %v, %v, want %v", name, cfg.logLevel, err, tt.level)
-		}
-		var stderr bytes.Buffer
-		if status := run(ended, nil, getenv, io.Discard, &stderr); status != 0 { // starts and stops at once
-			t.Errorf("LOG_LEVEL=%s: status %d: %s", name, status, &stderr)
-		}
-		var levels []string
-		for _, level := range regexp.MustCompile(`"level":"(\w+)"`).FindAllStringSubmatch(stderr.String(), -1) {
-			levels = append(levels, level[1])
-		}
-		slices.Sort(levels)
-		if seen := strings.Join(slices.Compact(levels), " "); seen != tt.seen {
-			t.Errorf("LOG_LEVEL=%s: logs %s, want %s", name, seen, tt.seen)
-		}
-	}
-}
-
-func TestTheRuntimeIsTunedUnlessTheEnvironmentSays(t *testing.T) {
-	cores, percent := runtime.GOMAXPROCS(0), debug.SetGCPercent(100)
-	t.Cleanup(func() { runtime.GOMAXPROCS(cores); debug.SetGCPercent(percent) })
-	for _, tt := range []struct {
-		env            map[string]string
-		procs, percent int
-	}{{map[string]string{"GOGC": "100", "GOMAXPROCS": "2"}, cores, 100}, {nil, 3 * cores, 400}} {
-		tuneRuntime(func(name string) string { return tt.env[name] })
-		if procs, percent := runtime.GOMAXPROCS(0), debug.SetGCPercent(100); procs != tt.procs || percent != tt.percent {
-			t.Errorf("with %v: GOMAXPROCS %d, GOGC %d, want %d and %d", tt.env, procs, percent, tt.procs, tt.percent)
-		}
-	}
-}
-
-func TestFlags(t *testing.T) {
-	for _, tt := range []struct {
-		args           []string
-		code           int
-		stdout, stderr string
-	}{
-		{[]string{"-version"}, 0, runtime.Version(), ""},
-		{[]string{"--version"}, 0, runtime.Version(), ""},
-		{[]string{"-help"}, 2, "", "healthcheck"},
-		{[]string{"-port", "1"}, 2, "", "environment"},
-		{[]string{"serve"}, 2, "", "environment"},
-	} {
-		var stdout, stderr strings.Builder
-		broken := func(string) string { return "broken" } // so that it cannot serve
-		code := run(t.Context(), tt.args, broken, &stdout, &stderr)
-		if code != tt.code || !strings.Contains(stdout.String(), tt.stdout) || !strings.Contains(stderr.String(), tt.stderr) {
-			t.Errorf("%q: exit status %d, want %d; stdout %s; stderr %s", tt.args, code, tt.code, &stdout, &stderr)
-		}
-	}
-}
-
-func TestHealthcheck(t *testing.T) {
-	t.Parallel()
-	s := start(t)
-	check := func(addr string) int {
-		return run(t.Context(), []string{"-healthcheck"}, func(name string) string { return map[string]string{"ADDR": addr}[name] }, io.Discard, io.Discard)
-	}
-	addr := strings.TrimPrefix(s.url, "http://")
-	_, port, _ := net.SplitHostPort(addr)
-	for _, addr := range []string{addr, ":" + port, "0.0.0.0:" + port} {
-		if code := check(addr); code != 0 {
-			t.Errorf("of a service that is well, by ADDR=%s: exit status %d, want 0", addr, code)
-		}
-	}
-	if code := check("127.0.0.1:" + freePort(t)); code != 1 {
-		t.Errorf("of no service: exit status %d, want 1", code)
-	}
-	silent, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer silent.Close()
-	if code := check(silent.Addr().String()); code != 1 {
-		t.Errorf("of a service that does not answer: exit status %d, want 1", code)
-	}
-}
-
-func TestStartFailsWithStatus1(t *testing.T) {
-	t.Parallel()
-	s := start(t)
-	for _, tt := range []struct{ name, value string }{
-		{"ADDR", strings.TrimPrefix(s.url, "http://")},
-		{"DEBUG_ADDR", strings.TrimPrefix(s.url, "http://")},
-		{"DB_PATH", filepath.Join(t.TempDir(), "no", "such", "folder", "users.db")},
-		{"DB_PATH", t.TempDir()},
-	} {
-		var stderr strings.Builder
-		env := environment(t, []string{tt.name + "=" + tt.value})
-		code := run(t.Context(), nil, func(name string) string { return env[name] }, io.Discard, &stderr)
-		if code != 1 || !strings.Contains(stderr.String(), tt.name) {
-			t.Errorf("%s=%s: exit status %d, want 1 and its name in: %s", tt.name, tt.value, code, &stderr)
-		}
-	}
-}
-
-func TestShutdownFinishesWhatRuns(t *testing.T) {
-	t.Parallel()
-	s := start(t)
-	c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	body := credentials(newEmail(), password)
-	fmt.Fprintf(c, "POST /user HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n", len(body))
-	answers := bufio.NewReader(c)
-	if line, err := answers.ReadString('\n'); err != nil || !strings.Contains(line, "100") {
-		t.Fatalf("got %q, %v: the handler does not read", line, err)
-	}
-	answers.ReadString('\n')
-	stopped := make(chan struct{})
-	go func() { s.stop(); close(stopped) }()
-	s.log.find(t, "shutting down")
-	io.WriteString(c, body)
-	resp, err := http.ReadResponse(answers, nil)
-	if err != nil || resp.StatusCode != http.StatusCreated || !resp.Close {
-		t.Fatalf("the request that ran: %+v, %v, want 201 and Connection: close", resp, err)
-	}
-	<-stopped
-	if _, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://")); err == nil {
-		t.Error("a stopped service takes connections")
-	}
-	s.log.find(t, "stopped")
-}
-
-func TestDebugAddressIsTheOnlyOneThatServesDebug(t *testing.T) {
-	t.Parallel()
-	s := startProcess(t, "DEBUG_ADDR=127.0.0.1:0", "COOKIE_SECURE=false", "REDIS_URL="+redisURL(t))
-	s.secrets = nil
-	_, id := s.register(newEmail())
-	s.want(200, id)
-	s.ask("GET", "/nowhere", "")
-	for name, want := range map[string]float64{"GET /user 200": 1, "POST /user 201": 1, "/ 404": 1, "registered": 1, "bcryptBusy": 0, "sessionBatches": 1, "sessionLookups": 1} {
-		if got := s.metric(name); got < want {
-			t.Errorf("%s is %v, want %v or more", name, got, want)
-		}
-	}
-	for _, path := range []string{"/debug/vars", "/debug/pprof/", "/debug/pprof/cmdline"} {
-		if a := s.ask("GET", path, ""); a.status != http.StatusNotFound {
-			t.Errorf("%s on the public address: status %d, want 404", path, a.status)
-		}
-		resp, err := http.Get("http://" + s.log.find(t, "debug listening")["addr"].(string) + path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if resp.Body.Close(); resp.StatusCode != http.StatusOK {
-			t.Errorf("%s on the debug address: status %d", path, resp.StatusCode)
-		}
-	}
-	s.log.find(t, "COOKIE_SECURE=false: session cookies travel over plain HTTP, where anybody on the way can read them")
-	if strings.Contains(s.log.String(), "not a loopback") {
-		t.Error("warns of a loopback address")
-	}
-	other := startProcess(t, "DEBUG_ADDR=0.0.0.0:0")
-	other.log.find(t, "DEBUG_ADDR is not a loopback address: whoever reaches it can profile this process")
-}
-
-func TestStartSaysWhatIsInUse(t *testing.T) {
-	t.Parallel()
-	url := redisURL(t)
-	s := start(t, "REDIS_URL="+strings.Replace(url, "redis://", "redis://:wr0ng@", 1))
-	s.faulty = true // a Redis without a password refuses one
-	line := s.log.find(t, "listening")
-	if line["accounts"] != s.dbPath || line["sessions"] != strings.Replace(url, "redis://", "redis://…", 1) || line["version"] == "" {
-		t.Errorf("got %v", line)
-	}
-	if strings.Contains(s.log.String(), "wr0ng") {
-		t.Error("logs the password of Redis")
-	}
-	if line := start(t).log.find(t, "listening"); !strings.HasPrefix(line["sessions"].(string), "sqlite ") {
-		t.Errorf("got %v", line)
-	}
-}
-
-// ---------------------------------------------------------------------------------------------------
-// handlers.go
-
-func TestTheWholeStory(t *testing.T) {
-	each(t, func(t *testing.T, backend string) {
-		s := start(t, backend)
-		before := time.Now().UTC().Format(timeFormat)
-		a := s.ask("POST", "/user", `{"name":" Ada Lovelace ","email":" Ada@Example.COM ","password":"correct horse","role":["admin"],"n":1e999}`, "Content-Type: application/json; charset=utf-8")
-		s.secret("correct horse")
-		var created registration
-		json.Unmarshal([]byte(a.body), &created)
-		u := created.User
-		if a.status != 201 || a.body != fmt.Sprintf(`{"user":%s,"sessionId":%q}`, userJSON(u), created.SessionID) {
-			t.Fatalf("POST /user: status %d: %s", a.status, a.body)
-		}
-		if u.Name != "Ada Lovelace" || u.Email != "ada@example.com" || u.CreatedAt != u.UpdatedAt || u.CreatedAt < before ||
-			!regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$`).MatchString(u.CreatedAt) {
-			t.Errorf("user is %+v", u)
-		}
-		if !regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`).MatchString(created.SessionID) {
-			t.Errorf("session id %q is no version 4 UUID", created.SessionID)
-		}
-		if got, want := a.header.Get("Set-Cookie"), "session-id="+created.SessionID+"; Path=/; Max-Age=604800; HttpOnly; Secure; SameSite=Lax"; got != want {
-			t.Errorf("Set-Cookie: %s, want %s", got, want)
-		}
-		if a := s.want(200, created.SessionID); a.body != userJSON(u) || a.cookie != nil {
-			t.Errorf("GET /user: %s, want %s and no cookie", a.body, userJSON(u))
-		}
-		if a := s.ask("HEAD", "/user", "", cookie(created.SessionID)); a.status != 200 || a.body != "" {
-			t.Errorf("HEAD /user: status %d, body %q", a.status, a.body)
-		}
-		a = s.ask("POST", "/user/signin", `{"email":"ADA@example.com ","password":"correct horse"}`)
-		if a.status != 200 || a.body != userJSON(u) || a.cookie == nil || a.cookie.Value == created.SessionID {
-			t.Fatalf("POST /user/signin: status %d, cookie %v: %s", a.status, a.cookie, a.body)
-		}
-		second := a.cookie.Value
-		s.want(200, created.SessionID) // signing in elsewhere does not end other sessions
-		for range 2 {                  // signing out cannot fail because it was done
-			a = s.ask("DELETE", "/user/session", "", cookie(second))
-			if got, want := a.header.Get("Set-Cookie"), "session-id=; Path=/; Max-Age=0; HttpOnly; Secure; SameSite=Lax"; a.status != 204 || a.body != "" || got != want {
-				t.Errorf("DELETE /user/session: status %d, body %q, Set-Cookie: %s", a.status, a.body, got)
-			}
-		}
-		s.want(401, second)
-		s.want(200, created.SessionID)
-		for range 2 {
-			if a := s.ask("DELETE", "/user/session", ""); a.status != 204 {
-				t.Errorf("DELETE /user/session without a cookie: status %d, want 204", a.status)
-			}
-		}
-		if a := s.ask("GET", "/healthz", ""); a.status != 200 || a.body != `{"status":"ok"}` {
-			t.Errorf("GET /healthz: status %d: %s", a.status, a.body)
-		}
-		for _, msg := range []string{"registered", "signed in", "signed out"} {
-			if line := s.log.find(t, msg); line["client"] != "127.0.0.1" || msg != "signed out" && line["user"] != u.ID {
-				t.Errorf("log line %v", line)
-			}
-		}
-	})
-}
-
-func TestBodiesThatAreRefused(t *testing.T) {
-	t.Parallel()
-	s := start(t)
-	s.register("taken@example.com")
-	const good = `"name":"Ada","email":"free@example.com","password":"correct horse"`
-	for _, tt := range []struct {
-		what, body string
-		header     string
-		status     int
-		fields     string // of errors
-	}{
-		{"no content type", `{` + good + `}`, "Content-Type: ", 415, ""},
-		{"a form", `{` + good + `}`, "Content-Type: application/x-www-form-urlencoded", 415, ""},
-		{"text", `{` + good + `}`, "Content-Type: text/plain", 415, ""},
-		{"nothing", ` `, "", 400, ""},
-		{"not JSON", `{name:1}`, "", 400, ""},
-		{"half of it", `{` + good, "", 400, ""},
-		{"an array", `[{` + good + `}]`, "", 400, ""},
-		{"null", `null`, "", 400, ""},
-		{"a string", `"` + `x"`, "", 400, ""},
-		{"two objects", `{` + good + `}{}`, "", 400, ""},
-		{"trailing text", `{` + good + `} x`, "", 400, ""},
-		{"a byte order mark", "\ufeff{" + good + `}`, "", 400, ""},
-		{"invalid UTF-8", `{` + good + ",\"x\":\"\xff\"}", "", 400, ""},
-		{"deep nesting", `{"x":` + strings.Repeat("[", 8000) + strings.Repeat("]", 8000) + `}`, "", 400, "email name password"},
-		{"no fields", `{}`, "", 400, "email name password"},
-		{"nulls", `{"name":null,"email":null,"password":null}`, "", 400, "email name password"},
-		{"wrong types", `{"name":1,"email":["a@b"],"password":{}}`, "", 400, "email name password"},
-		{"keys in another case", `{"Name":"Ada","EMAIL":"a@b","Password":"correct horse"}`, "", 400, "email name password"},
-		{"one wrong of three", `{"name":"Ada","email":"a@b","password":"short"}`, "", 400, "password"},
-		{"a blank name", `{"name":" \t ","email":"a@b","password":"correct horse"}`, "", 400, "name"},
-		{"a name of 101 characters", `{"name":"` + strings.Repeat("é", 101) + `","email":"a@b","password":"correct horse"}`, "", 400, "name"},
-		{"a name with a newline", `{"name":"A\nB","email":"a@b","password":"correct horse"}`, "", 400, "name"},
-		{"a name with C1", `{"name":"A\u0085B","email":"a@b","password":"correct horse"}`, "", 400, "name"},
-		{"no at", `{"name":"Ada","email":"ada","password":"correct horse"}`, "", 400, "email"},
-		{"a display name", `{"name":"Ada","email":"Ada <a@b>","password":"correct horse"}`, "", 400, "email"},
-		{"two addresses", `{"name":"Ada","email":"a@b,c@d","password":"correct horse"}`, "", 400, "email"},
-		{"an address with a line break", `{"name":"Ada","email":"a@b\r\nBcc: c@d","password":"correct horse"}`, "", 400, "email"},
-		{"an address of 255 bytes", `{"name":"Ada","email":"` + strings.Repeat("a", 243) + `@example.com","password":"correct horse"}`, "", 400, "email"},
-		{"a password of 7 bytes", `{"name":"Ada","email":"a@b","password":"1234567"}`, "", 400, "password"},
-		{"a password of 73 bytes", `{"name":"Ada","email":"a@b","password":"` + strings.Repeat("p", 73) + `"}`, "", 400, "password"},
-		{"a password with NUL", `{"name":"Ada","email":"a@b","password":"correct\u0000horse"}`, "", 400, "password"},
-		{"16 KiB and a byte", `{` + good + `,"x":"` + strings.Repeat("x", maxBody-len(good)-8+1) + `"}`, "", 413, ""},
-		{"an email that is taken", credentials("taken@example.com", "another password"), "", 409, ""},
-		{"an email that is taken, in capitals", credentials(" TAKEN@example.com", "another password"), "", 409, ""},
-	} {
-		req, _ := http.NewRequest("POST", s.url+"/user", strings.NewReader(tt.body))
-		req.Header.Set("Content-Type", "application/json")
-		if _, contentType, set := strings.Cut(tt.header, ": "); set {
-			req.Header.Set("Content-Type", contentType)
-		}
-		resp, err := s.client.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		text, _ := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		s.check("POST /user "+tt.what, &reply{status: resp.StatusCode, header: resp.Header, body: string(text)})
-		var p problem
-		json.Unmarshal(text, &p)
-		if got := strings.Join(slices.Sorted(maps.Keys(p.Errors)), " "); resp.StatusCode != tt.status || got != tt.fields {
-			t.Errorf("POST /user %s: status %d, errors of %q, want %d and %q: %s", tt.what, resp.StatusCode, got, tt.status, tt.fields, text)
-		}
-	}
-	if n := s.count(`SELECT count(*) FROM users`); n != 1 {
-		t.Errorf("%d accounts, want the first one only", n)
-	}
-}
-
-func TestBodiesThatAreAccepted(t *testing.T) {
-	t.Parallel()
-	s := start(t)
-	exactly16KiB := `{"name":"Ada","email":"big@example.com","password":"correct horse","x":"`
-	exactly16KiB += strings.Repeat("x", maxBody-len(exactly16KiB)-2) + `"}`
-	for _, body := range []string{
-		exactly16KiB,
-		`{"name":"` + strings.Repeat("é", 100) + `","email":"a@b","password":"` + strings.Repeat("p", 72) + `"}`,
-		`{"name":"<b>&\"\\","email":"` + strings.Repeat("a", 242) + `@example.com","password":"        "}`,
-		` {"name":"李","email":"o'brien+tag@sub.example.com","password":"pässwörd"} ` + "\n",
-	} {
-		if a := s.ask("POST", "/user", body); a.status != 201 {
-			t.Errorf("POST /user %.60s…: status %d, want 201: %s", body, a.status, a.body)
-		}
-	}
-	for _, tt := range []struct {
-		body   string
-		status int
-	}{
-		{`{"email":"a@b","password":"` + strings.Repeat("p", 72) + `"}`, 200},
-		{`{"email":"a@b","password":"` + strings.Repeat("p", 73) + `"}`, 401}, // bcrypt would accept it
-		{`{"email":"a@b","password":""}`, 401},
-		{`{"email":"","password":"p"}`, 401},
-		{`{"email":"o'brien+tag@sub.example.com","password":"pässwörd\u0000pässwörd"}`, 401}, // bcrypt would accept it
-		{`{"email":"a@b"}`, 400},
-		{`{"password":"x"}`, 400},
-		{`{"email":1,"password":"x"}`, 400},
-	} {
-		if a := s.ask("POST", "/user/signin", tt.body); a.status != tt.status {
-			t.Errorf("POST /user/signin %.60s…: status %d, want %d: %s", tt.body, a.status, tt.status, a.body)
-		}
-	}
-}
-
-func TestAnEmailRegistersOnce(t *testing.T) {
-	each(t, func(t *testing.T, backend string) {
-		s := start(t, backend)
-		email := newEmail()
-		var created, taken atomic.Int64
-		together(8, func(int) {
-			switch a := s.ask("POST", "/user", credentials(email, password)); a.status {
-			case 201:
-				created.Add(1)
-			case 409:
-				taken.Add(1)
-			default:
-				t.Errorf("POST /user: status %d: %s", a.status, a.body)
-			}
-		})
-		if created.Load() != 1 || taken.Load() != 7 || s.count(`SELECT count(*) FROM users`) != 1 {
-			t.Errorf("%d times 201 and %d times 409, want 1 and 7", created.Load(), taken.Load())
-		}
-		if backend == "REDIS_URL=" {
-			if n := s.count(`SELECT count(*) FROM sessions`); n != 1 {
-				t.Errorf("%d sessions, want 1: those who lost leave none behind", n)
-			}
-		}
-	})
-}
-
-func TestSigningInReplacesTheSessionOfTheCookie(t *testing.T) {
-	each(t, func(t *testing.T, backend string) {
-		s := start(t, backend)
-		email := newEmail()
-		_, first := s.register(email)
-		second := s.signIn(email, cookie(first))
-		s.want(401, first)
-		s.want(200, second)
-		_, third := s.register(newEmail(), cookie(second))
-		s.want(401, second)
-		s.want(200, third)
-		fixed := "11111111-1111-4111-8111-111111111111"
-		if id := s.signIn(email, cookie(fixed)); id == fixed {
-			t.Error("signing in takes the session id that the client chose")
-		}
-		s.want(401, fixed)
-		if a := s.ask("POST", "/user/signin", credentials(email, "wrong password"), cookie(third)); a.status != 401 {
-			t.Errorf("status %d, want 401", a.status)
-		}
-		s.want(200, third) // a sign-in that failed ends nothing
-	})
-}
-
-func TestCookies(t *testing.T) {
-	t.Parallel()
-	s := startProcess(t, "COOKIE_SECURE=false", "SESSION_TTL=90s", "DEBUG_ADDR=127.0.0.1:0", "REDIS_URL="+redisURL(t))
-	_, id := s.register(newEmail())
-	a := s.ask("DELETE", "/user/session", "", cookie(id))
-	if got, want := a.header.Get("Set-Cookie"), "session-id=; Path=/; Max-Age=0; HttpOnly; SameSite=Lax"; got != want {
-		t.Errorf("Set-Cookie: %s, want %s", got, want)
-	}
-	if a := s.ask("POST", "/user", credentials(newEmail(), password)); !strings.HasSuffix(a.header.Get("Set-Cookie"), "; Path=/; Max-Age=90; HttpOnly; SameSite=Lax") {
-		t.Errorf("Set-Cookie: %s", a.header.Get("Set-Cookie"))
-	}
-	batches := s.metric("sessionBatches")
-	for _, value := range []string{"", "x", "*", id[:35], id + "0", "{" + id[1:], strings.Replace(id, "-", "0", 1), strings.Repeat("a", 8000), "../../etc/passwd", id[:35] + "g", `"` + id} {
-		s.want(401, value)
-		if a := s.ask("DELETE", "/user/session", "", cookie(value)); a.status != 204 {
-			t.Errorf("DELETE /user/session: status %d, want 204", a.status)
-		}
-	}
-	if now := s.metric("sessionBatches"); now != batches {
-		t.Errorf("cookies that are no UUID reached the store %v times", now-batches)
-	}
-}
-
-func TestRoutes(t *testing.T) {
-	t.Parallel()
-	s := start(t)
-	for _, tt := range []struct {
-		method, path, allow string
-		status              int
-	}{
-		{"GET", "/", "", 404}, {"POST", "/", "", 404}, {"GET", "/users", "", 404}, {"GET", "/user/", "", 404}, {"GET", "//user", "", 404},
-		{"GET", "/user/../healthz", "", 404}, {"GET", "/user/session/x", "", 404}, {"CONNECT", "/x", "", 404},
-		{"PUT", "/user", "GET, HEAD, POST", 405}, {"DELETE", "/user", "GET, HEAD, POST", 405}, {"OPTIONS", "/user", "GET, HEAD, POST", 405},
-		{"GET", "/user/signin", "POST", 405}, {"GET", "/user/session", "DELETE", 405}, {"HEAD", "/user/session", "DELETE", 405},
-		{"POST", "/healthz", "GET, HEAD", 405}, {"BREW", "/healthz", "GET, HEAD", 405}, {"HEAD", "/healthz", "", 200}, {"HEAD", "/user", "", 401},
-	} {
-		a := s.ask(tt.method, tt.path, "")
-		if a.status != tt.status || a.header.Get("Allow") != tt.allow {
-			t.Errorf("%s %s: status %d, Allow %q, want %d, %q", tt.method, tt.path, a.status, a.header.Get("Allow"), tt.status, tt.allow)
-		}
-	}
-	for _, line := range []string{"OPTIONS * HTTP/1.1", "GET http://x HTTP/1.1", "CONNECT x:1 HTTP/1.1"} {
-		status, header, body := s.raw(line + "\r\nHost: x\r\nConnection: close\r\n\r\n")
-		if status != 404 {
-			t.Errorf("%s: status %d, want 404", line, status)
-		}
-		s.check(line, &reply{status: status, header: header, body: body})
-	}
-}
-
-// raw sends bytes and reads one answer; status 0 when the connection was closed without one.
-func (s *service) raw(text string) (status int, header http.Header, body string) {
-	s.Helper()
-	c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-	if err != nil {
-		s.Fatal(err)
-	}
-	defer c.Close()
-	go io.WriteString(c, text) // it may be answered before it is read whole
-	c.SetReadDeadline(time.Now().Add(20 * time.Second))
-	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
-	if err != nil {
-		return 0, nil, ""
-	}
-	defer resp.Body.Close()
-	b, _ := io.ReadAll(resp.Body)
-	return resp.StatusCode, resp.Header, string(b)
-}
-
-func TestBrowsersOnOtherSitesAreRefused(t *testing.T) {
-	t.Parallel()
-	s := start(t)
-	_, id := s.register(newEmail())
-	for _, tt := range []struct {
-		header []string
-		status int
-	}{
-		{[]string{"Sec-Fetch-Site: cross-site"}, 403},
-		{[]string{"Sec-Fetch-Site: same-site"}, 403},
-		{[]string{"Origin: https://evil.example"}, 403},
-		{[]string{"Origin: null"}, 403},
-		{[]string{"Sec-Fetch-Site: same-origin"}, 204},
-		{[]string{"Origin: " + s.url}, 204},
-		{nil, 204}, // curl
-	} {
-		for _, route := range []string{"POST /user", "POST /user/signin", "DELETE /user/session"} {
-			method, path, _ := strings.Cut(route, " ")
-			if a := s.ask(method, path, "", append(tt.header, cookie(id))...); (a.status == 403) != (tt.status == 403) {
-				t.Errorf("%s %q: status %d, want 403: %v", route, tt.header, a.status, tt.status == 403)
-			}
-		}
-	}
-	_, id = s.register(newEmail())
-	if a := s.ask("GET", "/user", "", "Sec-Fetch-Site: cross-site", cookie(id)); a.status != 200 {
-		t.Errorf("GET from another site: status %d, want 200: reading is safe", a.status)
-	}
-}
-
-func TestUnknownEmailAndWrongPasswordAreAlike(t *testing.T) {
-	t.Parallel()
-	s := startProcess(t, "DEBUG_ADDR=127.0.0.1:0", "BCRYPT_COST=10")
-	for cost := bcrypt.MinCost; cost <= 10; cost += 3 {
-		s.addAccount(fmt.Sprintf("cost%d@example.com", cost), cost)
-	}
-	rounds := func(body string) (work float64, answer string) {
-		before := s.metric("bcryptRounds")
-		a := s.ask("POST", "/user/signin", body)
-		if a.status != 401 || a.cookie != nil {
-			t.Errorf("POST /user/signin: status %d, want 401", a.status)
-		}
-		return s.metric("bcryptRounds") - before, a.body
-	}
-	for _, body := range []string{
-		credentials("unknown@example.com", "wrong password"),
-		credentials("cost10@example.com", "wrong password"),
-		credentials("cost7@example.com", "wrong password"), // of a hash that is weaker than configured
-		credentials("cost4@example.com", "wrong password"),
-		credentials("cost10@example.com", "short"),
-		credentials("unknown@example.com", "short"),
-		credentials("no address", "wrong password"),
-	} {
-		if work, answer := rounds(body); work != 1<<10 || answer != `{"title":"Unauthorized","status":401,"detail":"The email or the password is wrong."}` {
-			t.Errorf("POST /user/signin %s: %v rounds of bcrypt, want %v: %s", body, work, 1<<10, answer)
-		}
-	}
-}
-
-func TestOldHashesAreAcceptedAndUpgraded(t *testing.T) {
-	t.Parallel()
-	s := start(t, "BCRYPT_COST=10")
-	for _, prefix := range []string{"$2a$", "$2b$"} {
-		user := s.addAccount(newEmail(), bcrypt.MinCost)
-		s.exec(`UPDATE users SET password_hash = ? || substr(password_hash, 5) WHERE id = ?`, prefix, user.ID)
-		s.signIn(user.Email)
-		var upgraded string
-		db := openSQL(t, s.dbPath)
-		db.QueryRow(`SELECT password_hash FROM users WHERE id = ?`, user.ID).Scan(&upgraded)
-		db.Close()
-		if !strings.HasPrefix(upgraded, "$2a$10$") {
-			t.Errorf("a hash of %s at cost 4 is not stored anew at cost 10: %q", prefix, upgraded)
-		}
-		s.signIn(user.Email)
-		if n := s.count(`SELECT count(*) FROM users WHERE id = ? AND password_hash = ?`, user.ID, upgraded); n != 1 {
-			t.Errorf("a hash at the configured cost was stored anew")
-		}
-	}
-	user := s.addAccount(newEmail(), 11)
-	s.signIn(user.Email)
-	if n := s.count(`SELECT count(*) FROM users WHERE id = ? AND password_hash LIKE '$2a$11$%'`, user.ID); n != 1 {
-		t.Error("a hash that is stronger than configured was replaced")
-	}
-}
-
-func TestAHashThatIsNoneIsAFaultOfOurs(t *testing.T) {
-	t.Parallel()
-	s := start(t)
-	s.faulty = true
-	user := s.addAccount(newEmail(), bcrypt.MinCost)
-	s.exec(`UPDATE users SET password_hash = 'plain' WHERE id = ?`, user.ID)
-	if a := s.ask("POST", "/user/signin", credentials(user.Email, password)); a.status != 500 {
-		t.Errorf("status %d, want 500", a.status)
-	}
-	if line := s.log.find(t, "request failed"); !strings.Contains(line["err"].(string), user.ID) {
-		t.Errorf("log line %v, want the user's id", line)
-	}
-}
-
-func TestFailedSignInsAreThrottled(t *testing.T) {
-	t.Parallel()
-	s := startProcess(t, "DEBUG_ADDR=127.0.0.1:0", "TRUSTED_PROXIES=127.0.0.0/8")
-	email := newEmail()
-	user := s.addAccount(email, bcrypt.MinCost)
-	open := s.signIn(email)
-	guess := func(from string) *reply {
-		return s.ask("POST", "/user/signin", credentials(email, "wrong password"), "X-Forwarded-For: "+from)
-	}
-	for i := range 10 {
-		if a := guess("192.0.2.1"); a.status != 401 {
-			t.Fatalf("guess %d: status %d, want 401", i+1, a.status)
-		}
-	}
-	comparisons := s.metric("bcryptRounds")
-	for range 3 {
-		a := guess("192.0.2.1")
-		if seconds, _ := strconv.Atoi(a.header.Get("Retry-After")); a.status != 429 || seconds < 1 || seconds > 60 {
-			t.Errorf("guess 11: status %d, Retry-After %q, want 429 and at most a minute", a.status, a.header.Get("Retry-After"))
-		}
-	}
-	if a := s.ask("POST", "/user/signin", credentials(email, password), "X-Forwarded-For: 192.0.2.1"); a.status != 429 {
-		t.Errorf("the right password from there: status %d, want 429", a.status)
-	}
-	if s.metric("bcryptRounds") != comparisons {
-		t.Error("a try that was refused cost a bcrypt")
-	}
-	s.want(200, open) // the victim's open session
-	s.signIn(email, "X-Forwarded-For: 192.0.2.2")
-	if a := s.ask("POST", "/user/signin", credentials(newEmail(), "wrong password"), "X-Forwarded-For: 192.0.2.1"); a.status != 401 {
-		t.Errorf("another email from there: status %d, want 401", a.status)
-	}
-	for event, want := range map[string]float64{"signed in": 2, "sign-in refused": 11, "sign-in throttled": 4} {
-		if n := s.metric(event); n != want {
-			t.Errorf("%s: counted %v times, want %v", event, n, want)
-		}
-	}
-	if line := s.log.find(t, "sign-in throttled"); line["client"] != "192.0.2.1" {
-		t.Errorf("log line %v", line)
-	}
-	if line := s.log.find(t, "sign-in refused"); line["user"] != user.ID || line["client"] != "192.0.2.1" {
-		t.Errorf("log line %v", line)
-	}
-}
-
-func TestThrottle(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		th := &throttle{emptyAt: map[string]time.Duration{}}
-		client := func(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}) }
-		fail := func(email string, i int) bool { return th.add(email, client(i), 1) == nil }
-		for range 10 {
-			if !fail("a", 1) {
-				t.Fatal("refused before 10 failures")
-			}
-		}
-		if p, _ := errors.AsType[*problem](th.add("a", client(1), 0)); fail("a", 1) || p == nil || p.retryAfter <= 0 || p.retryAfter > time.Minute {
-			t.Errorf("the 11th may be made, or after more than a minute: %v", p)
-		}
-		time.Sleep(time.Minute) // a place frees up, one a minute
-		if !fail("a", 1) || fail("a", 1) {
-			t.Error("not one place after a minute")
-		}
-		if !fail("a", 2) || !fail("b", 1) {
-			t.Error("another address or another email is refused")
-		}
-		th.add("a", client(2), -1)
-		time.Sleep(time.Minute)
-		if !fail("a", 1) {
-			t.Fatal("no place after another minute")
-		}
-		th.add("a", client(1), -1) // it was a success: the count starts anew
-		for i := range 10 {
-			if !fail("a", 1) {
-				t.Errorf("refused at failure %d after a success", i+1)
-			}
-		}
-		n := 0 // from anywhere: 100, then ten a minute
-		for ; fail("c", n); n++ {
-		}
-		if n != 100 {
-			t.Errorf("%d failures from anywhere, want 100", n)
-		}
-		time.Sleep(time.Minute)
-		for n = 0; fail("c", 1000+n); n++ {
-		}
-		if n != 10 {
-			t.Errorf("%d places a minute from anywhere, want 10", n)
-		}
-	})
-}
-
-func TestThrottleForgetsWhatItNeedNotKnow(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		th := &throttle{emptyAt: map[string]time.Duration{}}
-		largest := 0
-		for i := range 200_000 { // a hundred tries a second, more than any machine's bcrypt allows
-			th.add(strconv.Itoa(i), netip.IPv6Loopback(), 1)
-			time.Sleep(10 * time.Millisecond)
-			largest = max(largest, len(th.emptyAt))
-		}
-		if largest > 20_000 {
-			t.Errorf("it remembered %d counts at once", largest)
-		}
-	})
-}
-
-func TestClientAddress(t *testing.T) {
-	for _, tt := range []struct {
-		proxies, peer string
-		forwarded     []string
-		want          string
-	}{
-		{"", "192.0.2.1:5", nil, "192.0.2.1"},
-		{"", "192.0.2.1:5", []string{"198.51.100.7"}, "192.0.2.1"}, // nobody is trusted
-		{"10.0.0.0/8", "192.0.2.1:5", []string{"198.51.100.7"}, "192.0.2.1"},
-		{"10.0.0.0/8", "10.1.2.3:5", nil, "10.1.2.3"},
-		{"10.0.0.0/8", "10.1.2.3:5", []string{"198.51.100.7"}, "198.51.100.7"},
-		{"10.0.0.0/8", "[::ffff:10.1.2.3]:5", []string{"::ffff:198.51.100.7"}, "198.51.100.7"},
-		{"10.0.0.0/8", "10.1.2.3:5", []string{"203.0.113.9, 198.51.100.7"}, "198.51.100.7"},   // what the client claims is further left
-		{"10.0.0.0/8", "10.1.2.3:5", []string{"203.0.113.9", "198.51.100.7"}, "198.51.100.7"}, // in two header lines
-		{"10.0.0.0/8, fd00::/8", "10.1.2.3:5", []string{"203.0.113.9,2001:db8::1, fd00::1,10.9.9.9"}, "2001:db8::1"},
-		{"10.0.0.0/8", "10.1.2.3:5", []string{"10.2.2.2,10.3.3.3"}, "10.2.2.2"},
-		{"10.0.0.0/8", "10.1.2.3:5", []string{"203.0.113.9, junk"}, "10.1.2.3"},
-		{"10.0.0.0/8", "10.1.2.3:5", []string{""}, "10.1.2.3"},
-		{"fe80::/10", "[fe80::1%eth0]:5", []string{"203.0.113.9"}, "203.0.113.9"},
-	} {
-		cfg, err := loadConfig(func(name string) string { return map[string]string{"TRUSTED_PROXIES": tt.proxies}[name] })
-		if err != nil {
-			t.Fatal(err)
-		}
-		r := &http.Request{RemoteAddr: tt.peer, Header: http.Header{"X-Forwarded-For": tt.forwarded}}
-		if got := (&server{cfg: cfg}).clientAddr(r); got.String() != tt.want {
-			t.Errorf("peer %s, X-Forwarded-For %q, trusted %q: %s, want %s", tt.peer, tt.forwarded, tt.proxies, got, tt.want)
-		}
-	}
-}
-
-func TestTheQueueForBcryptIsBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		g := newGate(2)
-		var entered, busy atomic.Int64
-		begin := time.Now()
-		for range 1000 {
-			go func() {
-				if err := g.enter(t.Context()); err != nil {
-					busy.Add(1)
-					if waited := time.Since(begin); !errors.Is(err, errTooBusy) || waited > queuePatience {
-						t.Errorf("%v after %v", err, waited)
-					}
-					return
-				}
-				entered.Add(1)
-				time.Sleep(250 * time.Millisecond)
-				g.leave(time.Now())
-			}()
-		}
-		synctest.Wait()
-		if n := busy.Load(); n != 1000-maxQueue-2 && n != 1000-maxQueue {
-			t.Errorf("%d refused at once, want all but the queue of %d", n, maxQueue)
-		}
-		time.Sleep(time.Minute)
-		if n := entered.Load(); n < 40 || n > 45 || n+busy.Load() != 1000 {
-			t.Errorf("%d had a turn within %v, %d were refused", n, queuePatience, busy.Load())
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		g.enter(ctx)
-		g.enter(ctx)
-		cancel()
-		if err := g.enter(ctx); !errors.Is(err, context.Canceled) {
-			t.Errorf("a client that left waits on: %v", err)
-		}
-	})
-}
-
-func TestASlotRestsWhileSessionsAreRead(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		g := newGate(1)
-		s := newServer(config{}, nil, &mapSessions{}, g, new(expvar.Map), slog.New(slog.DiscardHandler))
-		lookup, _ := http.NewRequest("GET", "/user", nil)
-		lookup.Header.Set("Cookie", cookieName+"="+newUUID())
-		for _, tt := range []struct{ sinceRead, rest time.Duration }{{0, 200 * time.Millisecond}, {time.Second, 0}} {
-			s.ServeHTTP(&recorder{header: http.Header{}}, lookup)
-			time.Sleep(tt.sinceRead)
-			g.enter(t.Context())
-			g.leave(time.Now().Add(-300 * time.Millisecond))
-			left := time.Now()
-			g.enter(t.Context())
-			if rest := time.Since(left); rest != tt.rest {
-				t.Errorf("a lookup %v ago: a slot held for 300 ms rests %v, want %v", tt.sinceRead, rest, tt.rest)
-			}
-			g.leave(time.Now())
-			time.Sleep(time.Second)
-		}
-	})
-}
-
-func TestAPanicIsAnswered500AndLogged(t *testing.T) {
-	log := newLogBuffer()
-	s := newServer(config{}, nil, nil, newGate(1), new(expvar.Map), slog.New(slog.NewJSONHandler(log, nil)))
-	r, _ := http.NewRequest("GET", "/user", nil)
-	r.Header.Set("Cookie", cookieName+"="+newUUID())
-	w := &recorder{header: http.Header{}}
-	s.ServeHTTP(w, r) // there is no session store
-	if w.status != 500 || strings.Contains(w.body.String(), "nil pointer") {
-		t.Errorf("status %d: %s", w.status, &w.body)
-	}
-	if line := log.find(t, "request failed"); !strings.Contains(line["err"].(string), "handlers.go") {
-		t.Errorf("log line %v, want the stack", line)
-	}
-}
-
-func TestTooManySignInsAreToldWhenToComeBack(t *testing.T) {
-	s := newServer(config{bcryptCost: bcrypt.MinCost}, openTestDatabase(t), &mapSessions{}, newGate(1), new(expvar.Map), slog.New(slog.DiscardHandler))
-	for range maxQueue {
-		s.gate.queue <- struct{}{}
-	}
-	for _, path := range []string{"/user", "/user/signin"} {
-		if w := s.post(path, credentials(newEmail(), password)); w.status != 503 || w.header.Get("Retry-After") != "10" {
-			t.Errorf("POST %s: status %d, %v, want 503 and Retry-After: 10", path, w.status, w.header)
-		}
-	}
-}
-
-// racingSessions are sessions during whose creation another request registers the same email.
-type racingSessions struct {
-	mapSessions
-	db *database
-}
-
-func (r *racingSessions) Create(ctx context.Context, id, replaced string, user User, ttl time.Duration) error {
-	other := user
-	other.ID = newUUID()
-	return cmp.Or(r.mapSessions.Create(ctx, id, replaced, user, ttl), r.db.InsertUser(ctx, other, "hash"))
-}
-
-func TestARegistrationThatLosesTheRaceLeavesNoSession(t *testing.T) {
-	sessions := &racingSessions{mapSessions{sessions: map[string]mapSession{}}, openTestDatabase(t)}
-	s := newServer(config{bcryptCost: bcrypt.MinCost}, sessions.db, sessions, newGate(1), new(expvar.Map), slog.New(slog.DiscardHandler))
-	if w := s.post("/user", credentials(newEmail(), password)); w.status != 409 || w.header.Get("Set-Cookie") != "" {
-		t.Errorf("status %d, %v, want 409 and no cookie", w.status, w.header)
-	}
-	if len(sessions.sessions) > 0 {
-		t.Errorf("left behind: %v", sessions.sessions)
-	}
-}
-
-// post asks without a connection.
-func (s *server) post(path, body string) *recorder {
-	r, _ := http.NewRequest("POST", path, strings.NewReader(body))
-	r.Header.Set("Content-Type", "application/json")
-	w := &recorder{header: http.Header{}}
-	s.ServeHTTP(w, r)
-	return w
-}
-
-// brokenSessions is a session store out of reach.
-type brokenSessions struct{ SessionStore }
-
-func (brokenSessions) Get(context.Context, string) (User, error) {
-	return User{}, unavailable(errors.New("no route to host"))
-}
-
-func TestAnOutageIsCountedAndLoggedOnceASecond(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		log, metrics := newLogBuffer(), new(expvar.Map)
-		s := newServer(config{}, nil, brokenSessions{}, newGate(1), metrics, slog.New(slog.NewJSONHandler(log, nil)))
-		r, _ := http.NewRequest("GET", "/user", nil)
-		r.Header.Set("Cookie", cookieName+"="+newUUID())
-		for range 3 {
-			for range 100 {
-				w := &recorder{header: http.Header{}}
-				if s.ServeHTTP(w, r); w.status != 503 || w.header.Get("Retry-After") == "" || strings.Contains(w.body.String(), "route") {
-					t.Fatalf("status %d, %v: %s", w.status, w.header, &w.body)
-				}
-			}
-			time.Sleep(time.Second)
-		}
-		if n := metrics.Get("storeErrors"); n == nil || n.String() != "300" {
-			t.Errorf("counted %v errors, want 300", n)
-		}
-		if n := strings.Count(log.String(), "no route to host"); n != 3 {
-			t.Errorf("logged %d times, want 3", n)
-		}
-	})
-}
-
-// recorder is a ResponseWriter for handlers called without a connection.
-type recorder struct {
-	header http.Header
-	status int
-	body   bytes.Buffer
-}
-
-func (w *recorder) Header() http.Header         { return w.header }
-func (w *recorder) WriteHeader(status int)      { w.status = status }
-func (w *recorder) Write(p []byte) (int, error) { return w.body.Write(p) }
-
-// ---------------------------------------------------------------------------------------------------
-// session.go
-
-// mapSessions is a session backend in a few lines, which shows that one can be plugged in.
-type mapSessions struct {
-	mu       sync.Mutex
-	sessions map[string]mapSession
-}
-
-type mapSession struct {
-	user User
-	ends time.Time
-}
-
-func (m *mapSessions) Create(_ context.Context, id, replaced string, user User, ttl time.Duration) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	delete(m.sessions, replaced)
-	m.sessions[id] = mapSession{user, time.Now().Add(ttl)}
-	return nil
-}
-
-func (m *mapSessions) Get(_ context.Context, id string) (User, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if s, ok := m.sessions[id]; ok && time.Now().Before(s.ends) {
-		return s.user, nil
-	}
-	return User{}, errNoSession
-}
-
-func (m *mapSessions) Delete(_ context.Context, id string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	delete(m.sessions, id)
-	return nil
-}
-
-func (m *mapSessions) Ping(context.Context) error { return nil }
-func (m *mapSessions) Close() error               { return nil }
-
-func openRedisSessions(t testing.TB, url string) *redisSessions {
-	t.Helper()
-	target, ok := parseRedisURL(url)
-	if !ok {
-		t.Fatalf("%s is no URL", url)
-	}
-	s := newRedisSessions(target, new(expvar.Map))
-	t.Cleanup(func() { s.Close() })
-	return s
-}
-
-func openTestDatabase(t testing.TB) *database {
-	t.Helper()
-	db, err := openDatabase(filepath.Join(t.TempDir(), "users.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { db.Close() })
-	return db
-}
-
-func TestSessionStores(t *testing.T) {
-	t.Parallel()
-	t.Run("map", func(t *testing.T) { testSessionStore(t, &mapSessions{sessions: map[string]mapSession{}}) })
-	t.Run("sqlite", func(t *testing.T) { testSessionStore(t, &sqliteSessions{openTestDatabase(t)}) })
-	t.Run("redis", func(t *testing.T) { testSessionStore(t, openRedisSessions(t, redisURL(t))) })
-}
-
-func testUser(i int) User {
-	return User{newUUID(), fmt.Sprintf("User %d", i), fmt.Sprintf("user%d@example.com", i), "2025-03-30T20:00:00.000Z", "2025-03-31T20:00:00.123Z"}
-}
-
-// testSessionStore is what every session backend has to pass.
-func testSessionStore(t *testing.T, store SessionStore) {
-	ctx := t.Context()
-	create := func(t *testing.T, replaced string, ttl time.Duration) (string, User) {
-		t.Helper()
-		id, user := newUUID(), testUser(1)
-		if err := store.Create(ctx, id, replaced, user, ttl); err != nil {
-			t.Fatal(err)
-		}
-		return id, user
-	}
-	none := func(t *testing.T, id string) {
-		t.Helper()
-		if user, err := store.Get(ctx, id); !errors.Is(err, errNoSession) || errors.Is(err, errUnavailable) || user != (User{}) {
-			t.Errorf("got %v, %v, want errNoSession", user, err)
-		}
-	}
-	some := func(t *testing.T, id string, user User) {
-		t.Helper()
-		if got, err := store.Get(ctx, id); got != user || err != nil {
-			t.Errorf("got %v, %v, want %v", got, err, user)
-		}
-	}
-	t.Run("what was created is found", func(t *testing.T) {
-		id, user := create(t, "", time.Hour)
-		some(t, id, user)
-		some(t, id, user)
-	})
-	t.Run("missing", func(t *testing.T) { none(t, newUUID()) })
-	t.Run("deleted, and deleted again", func(t *testing.T) {
-		id, _ := create(t, "", time.Hour)
-		other, user := create(t, "", time.Hour)
-		for range 2 {
-			if err := store.Delete(ctx, id); err != nil {
-				t.Error(err)
-			}
-			none(t, id)
-		}
-		some(t, other, user)
-	})
-	t.Run("expired", func(t *testing.T) {
-		id, user := create(t, "", time.Second)
-		some(t, id, user)
-		eventually(t, 3*time.Second, "the session ends", func() bool {
-			_, err := store.Get(ctx, id)
-			return errors.Is(err, errNoSession)
-		})
-		create(t, "", time.Hour) // sweeps
-		none(t, id)
-	})
-	t.Run("replaced", func(t *testing.T) {
-		first, _ := create(t, "", time.Hour)
-		second, user := create(t, first, time.Hour)
-		none(t, first)
-		some(t, second, user)
-		create(t, newUUID(), time.Hour) // replacing none is no error
-	})
-	t.Run("text of any kind", func(t *testing.T) {
-		id, user := newUUID(), testUser(1)
-		user.Name, user.Email = "李 \r\n$5\r\n*1\x00\xff\"'", strings.Repeat("x", 5000)
-		if err := store.Create(ctx, id, "", user, time.Hour); err != nil {
-			t.Fatal(err)
-		}
-		some(t, id, user)
-	})
-	t.Run("200 at once, each its own", func(t *testing.T) {
-		ids, users := make([]string, 200), make([]User, 200)
-		together(200, func(i int) {
-			ids[i], users[i] = newUUID(), testUser(i)
-			err := store.Create(ctx, ids[i], "", users[i], time.Hour)
-			for errors.Is(err, errUnavailable) { // a slow disk may not take all of them in time
-				err = store.Create(ctx, ids[i], "", users[i], time.Hour)
-			}
-			if err != nil {
-				t.Error(err)
-			}
-			for range 10 {
-				if user, err := store.Get(ctx, ids[i]); err != nil || user != users[i] {
-					t.Errorf("got %v, %v, want %v", user, err, users[i])
-				}
-			}
-		})
-	})
-	t.Run("deleted while it is read", func(t *testing.T) {
-		for range 20 {
-			id, user := create(t, "", time.Hour)
-			var deleted atomic.Bool
-			together(9, func(i int) {
-				if i == 0 {
-					if err := store.Delete(ctx, id); err != nil {
-						t.Error(err)
-					}
-					deleted.Store(true)
-					return
-				}
-				for range 20 {
-					gone := deleted.Load()
-					if got, err := store.Get(ctx, id); err == nil && (gone || got != user) || err != nil && !errors.Is(err, errNoSession) {
-						t.Errorf("got %v, %v (deleted before: %v)", got, err, gone)
-					}
-				}
-			})
-			none(t, id)
-		}
-	})
-	t.Run("ping", func(t *testing.T) {
-		if err := store.Ping(ctx); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-func TestTroubleIsNotAbsence(t *testing.T) {
-	target, _ := parseRedisURL("redis://127.0.0.1:" + freePort(t))
-	db := openTestDatabase(t)
-	db.Close()
-	for name, store := range map[string]SessionStore{"redis": newRedisSessions(target, new(expvar.Map)), "sqlite": &sqliteSessions{db}} {
-		_, get := store.Get(t.Context(), newUUID())
-		for what, err := range map[string]error{
-			"Get": get, "Ping": store.Ping(t.Context()), "Delete": store.Delete(t.Context(), newUUID()),
-			"Create": store.Create(t.Context(), newUUID(), "", testUser(1), time.Hour),
-		} {
-			if err == nil || errors.Is(err, errNoSession) || name == "redis" && !errors.Is(err, errUnavailable) {
-				t.Errorf("%s %s of a store that is away: %v", name, what, err)
-			}
-		}
-	}
-}
-
-func TestWhatWaitsForRedisIsBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) { // it fails when a lookup waits
-		s := newRedisSessions(nil, new(expvar.Map))
-		s.turn <- struct{}{} // a batch is on the wire
-		for range maxBatch {
-			s.waiting <- new(operation)
-		}
-		if _, err := s.Get(t.Context(), newUUID()); !errors.Is(err, errUnavailable) {
-			t.Errorf("a lookup behind %d others: %v, want errUnavailable", maxBatch, err)
-		}
-	})
-}
-
-func TestWritingToRedisIsBoundedInTime(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		client, server := net.Pipe()
-		ended := make(chan struct{})
-		go func() { // takes each write in time, so that the end never comes
-			defer close(ended)
-			for buf := make([]byte, 4<<10); ; time.Sleep(exchangeTimeout * 3 / 10) {
-				if _, err := server.Read(buf); err != nil {
-					return
-				}
-			}
-		}()
-		c := redis.NewConn(&guardedConn{Conn: client}, 0, 0)
-		begin := time.Now()
-		for c.Send("HGETALL", sessionKey(newUUID())) == nil && time.Since(begin) < time.Hour {
-		}
-		if took := time.Since(begin); took != exchangeTimeout {
-			t.Errorf("given up after %v, want %v", took, exchangeTimeout)
-		}
-		c.Close()
-		<-ended
-	})
-}
-
-func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
-	get, del := []any{"HGETALL", "session:1"}, []any{"DEL", "session:1"}
-	hash, nonce, one := []any{[]byte("id"), []byte("1")}, []byte("nonce"), int64(1)
-	wrongType := redis.Error("WRONGTYPE Operation against a key holding the wrong kind of value")
-	for name, tt := range map[string]struct {
-		cmds, all, want []any // want nil: nothing is believed
-	}{
-		"a lookup":                     {[]any{get}, []any{hash, nonce}, []any{hash, nonce}},
-		"a deletion":                   {[]any{del}, []any{one, nonce}, []any{one, nonce}},
-		"a ping":                       {nil, []any{nonce}, []any{nonce}},
-		"no hash":                      {[]any{get}, []any{wrongType, nonce}, []any{[]any{}, nonce}},
-		"another's nonce":              {[]any{get}, []any{hash, []byte("other")}, nil},
-		"a reply too few":              {[]any{get}, []any{nonce}, nil},
-		"a reply too many":             {[]any{get}, []any{hash, nonce, hash}, nil},
-		"a lookup answered a number":   {[]any{get}, []any{one, nonce}, nil},
-		"a lookup answered nothing":    {[]any{get}, []any{nil, nonce}, nil},
-		"a lookup answered a text":     {[]any{get}, []any{[]byte("text"), nonce}, nil},
-		"a deletion answered a hash":   {[]any{del}, []any{hash, nonce}, nil},
-		"a deletion answered OK":       {[]any{del}, []any{"OK", nonce}, nil},
-		"a refusal":                    {[]any{get}, []any{redis.Error("NOPERM"), nonce}, nil},
-		"a batch":                      {[]any{get, del}, []any{"OK", "QUEUED", "QUEUED", "QUEUED", []any{hash, one, nonce}}, []any{hash, one, nonce}},
-		"a batch with no hash":         {[]any{get, del}, []any{"OK", "QUEUED", "QUEUED", "QUEUED", []any{wrongType, one, nonce}}, []any{[]any{}, one, nonce}},
-		"a batch with another's nonce": {[]any{get, get}, []any{"OK", "QUEUED", "QUEUED", "QUEUED", []any{hash, hash, []byte("other")}}, nil},
-		"a batch too short":            {[]any{get, get}, []any{"OK", "QUEUED", "QUEUED", "QUEUED", []any{hash, nonce}}, nil},
-		"a batch with replies swapped": {[]any{get, del}, []any{"OK", "QUEUED", "QUEUED", "QUEUED", []any{one, hash, nonce}}, nil},
-		"a batch with a refusal":       {[]any{get, del}, []any{"OK", "QUEUED", "QUEUED", "QUEUED", []any{hash, redis.Error("OOM"), nonce}}, nil},
-		"a batch not queued":           {[]any{get, del}, []any{"OK", "QUEUED", redis.Error("OOM"), "QUEUED", redis.Error("EXECABORT")}, nil},
-		"a batch not run":              {[]any{get, get}, []any{"OK", "QUEUED", "QUEUED", "QUEUED", nil}, nil},
-	} {
-		var cmds [][]any
-		for _, cmd := range tt.cmds {
-			cmds = append(cmds, cmd.([]any))
-		}
-		replies, err := proven(tt.all, cmds, "nonce")
-		if !reflect.DeepEqual(replies, tt.want) || (err == nil) != (tt.want != nil) {
-			t.Errorf("%s: %v, %v, want %v", name, replies, err, tt.want)
-		}
-	}
-}
-
-func TestTheGuardFollowsReplies(t *testing.T) {
-	for _, text := range []string{
-		"+OK\r\n", "-ERR $5 *7 - no\r\n", ":12\r\n", ":-12\r\n", "$-1\r\n", "*-1\r\n", "$0\r\n\r\n", "*0\r\n",
-		"$11\r\n$99\r\n*99\r\n-\r\n", "*3\r\n$2\r\nid\r\n*1\r\n$10\r\n0123456789\r\n:7\r\n",
-		"$10\r\n0\r\n$30\r\nxx\r\n", "$9\r\n0\r\n$29\r\nx\r\n",
-	} {
-		guarded := &guardedConn{Conn: &answeringConn{answer: iotest.OneByteReader(strings.NewReader(text))}}
-		c := redis.NewConn(guarded, 0, 0)
-		c.Send("PING")
-		if _, err := redis.Values(c.Do("")); err != nil {
-			t.Errorf("%q: %v", text, err)
-		}
-		if guarded.kind != 0 || guarded.skip != 0 {
-			t.Errorf("%q: after it %q is a reply begun, of which %d bytes are to come", text, guarded.kind, guarded.skip)
-		}
-	}
-}
-
-func TestAConnectionIsReplacedInTime(t *testing.T) {
-	r := ownRedis(t)
-	s := openRedisSessions(t, r.url())
-	ours := func() []string { // ids of the connections but redisDo's
-		s.Ping(t.Context())
-		list, _ := redis.String(redisDo(t, r.url(), "CLIENT", "LIST"), nil)
-		return regexp.MustCompile(`(?m)^id=\d+.* cmd=ping `).FindAllString(list, -1)
-	}
-	id := func(client string) string { return strings.Fields(client)[0] }
-	first := ours()
-	if again := ours(); len(first) != 1 || len(again) != 1 || id(first[0]) != id(again[0]) {
-		t.Fatalf("connections %q, then %q, want one and the same", first, again)
-	}
-	defer runtime.KeepAlive(s.conn) // it has to be closed, not collected
-	s.dialed = s.dialed.Add(-connLifetime)
-	eventually(t, 10*time.Second, "one connection, another one", func() bool {
-		now := ours()
-		return len(now) == 1 && id(now[0]) != id(first[0])
-	})
-}
-
-// panickingConn panics at whatever it is asked to do.
-type panickingConn struct{ redis.Conn }
-
-func (panickingConn) Err() error { return nil }
-
-func TestAPanicIsNoAnswerToOthers(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newRedisSessions(nil, new(expvar.Map))
-		s.conn, s.dialed = panickingConn{}, time.Now()
-		s.turn <- struct{}{} // a batch is on the wire
-		var panicked, unavailable atomic.Int64
-		for range 10 {
-			go func() {
-				defer func() {
-					if recover() != nil {
-						panicked.Add(1)
-					}
-				}()
-				if _, err := s.Get(t.Context(), newUUID()); errors.Is(err, errUnavailable) {
-					unavailable.Add(1)
-				}
-			}()
-		}
-		synctest.Wait()
-		<-s.turn
-		synctest.Wait()
-		if panicked.Load() != 1 || unavailable.Load() != 9 {
-			t.Errorf("of 10 lookups %d panicked and %d were told that the store is unavailable, want 1 and 9", panicked.Load(), unavailable.Load())
-		}
-	})
-}
-
-// monitor returns what Redis is sent by others than redisDo while do runs, a line for each command.
-func monitor(t *testing.T, url string, do func()) (commands []string) {
-	t.Helper()
-	c, err := redis.DialURL(url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	if _, err := c.Do("MONITOR"); err != nil {
-		t.Fatal(err)
-	}
-	do()
-	end := newUUID()
-	redisDo(t, url, "ECHO", end)
-	for {
-		line, err := redis.String(redis.ReceiveWithTimeout(c, 10*time.Second))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if strings.Contains(line, end) {
-			return commands
-		}
-		_, command, _ := strings.Cut(line, "] ")
-		commands = append(commands, command)
-	}
-}
-
-func TestWhatRedisIsSent(t *testing.T) {
-	t.Parallel()
-	r := ownRedis(t)
-	s := start(t, "REDIS_URL="+r.url())
-	first := newUUID()
-	var user User
-	var id string
-	nonces := map[string]bool{}
-	expect := func(what string, do func(), want ...string) {
-		t.Helper()
-		got := monitor(t, r.url(), do)
-		for i, line := range got {
-			if nonce, isPing := strings.CutPrefix(line, `"PING" `); isPing {
-				if len(nonce) < 28 || nonces[nonce] {
-					t.Errorf("%s: PING %s is short or was used before", what, nonce)
-				}
-				nonces[nonce] = true
-				got[i] = `"PING" nonce`
-			}
-		}
-		for i := range want {
-			want[i] = strings.NewReplacer("ID", id, "FIRST", first, "USER", user.ID, "EMAIL", user.Email, "TIME", user.CreatedAt).Replace(want[i])
-		}
-		if !slices.Equal(got, want) {
-			t.Errorf("%s sent\n%s\nwant\n%s", what, strings.Join(got, "\n"), strings.Join(want, "\n"))
-		}
-	}
-	create := monitor(t, r.url(), func() { user, id = s.register(newEmail(), cookie(first)) })
-	want := []string{`"MULTI"`, `"DEL" "session:` + first + `"`,
-		fmt.Sprintf(`"HSET" "session:%s" "id" "%s" "name" "Ada Lovelace" "email" "%s" "createdAt" "%s" "updatedAt" "%[4]s"`, id, user.ID, user.Email, user.CreatedAt),
-		`"EXPIRE" "session:` + id + `" "604800"`}
-	if len(create) != 6 || !slices.Equal(create[:4], want) || !strings.HasPrefix(create[4], `"PING" `) || create[5] != `"EXEC"` {
-		t.Errorf("POST /user sent\n%s\nwant\n%s", strings.Join(create, "\n"), strings.Join(want, "\n"))
-	}
-	expect("GET /user", func() { s.want(200, id) }, `"HGETALL" "session:ID"`, `"PING" nonce`)
-	expect("GET /user again", func() { s.want(200, id) }, `"HGETALL" "session:ID"`, `"PING" nonce`)
-	expect("GET /user without a cookie", func() { s.ask("GET", "/user", "") })
-	expect("GET /user with a cookie that is no UUID", func() { s.want(401, "*") })
-	expect("POST /user/signin in vain", func() { s.ask("POST", "/user/signin", credentials(user.Email, "wrong password")) })
-	expect("GET /healthz", func() { s.ask("GET", "/healthz", "") }, `"PING" nonce`)
-	expect("DELETE /user/session", func() { s.ask("DELETE", "/user/session", "", cookie(id)) }, `"DEL" "session:ID"`, `"PING" nonce`)
-	expect("DELETE /user/session without a cookie", func() { s.ask("DELETE", "/user/session", "") })
-}
-
-func TestSessionHashAndLife(t *testing.T) {
-	t.Parallel()
-	url := redisURL(t)
-	s := start(t, "REDIS_URL="+url)
-	user, id := s.register(newEmail())
-	got, err := redis.StringMap(redisDo(t, url, "HGETALL", "session:"+id), nil)
-	want := map[string]string{"id": user.ID, "name": user.Name, "email": user.Email, "createdAt": user.CreatedAt, "updatedAt": user.UpdatedAt}
-	if err != nil || !maps.Equal(got, want) {
-		t.Errorf("hash is %v, want %v", got, want)
-	}
-	for range 3 {
-		s.want(200, id)
-	}
-	ttl := redisDo(t, url, "TTL", "session:"+id).(int64)
-	if ttl > 604800 || ttl < 604790 {
-		t.Errorf("life is %d s, want 604800", ttl)
-	}
-	redisDo(t, url, "EXPIRE", "session:"+id, 100)
-	if s.want(200, id); redisDo(t, url, "TTL", "session:"+id).(int64) > 100 {
-		t.Error("use prolongs a session")
-	}
-}
-
-func TestHashesOfTheOriginal(t *testing.T) {
-	t.Parallel()
-	url := redisURL(t)
-	s := start(t, "REDIS_URL="+url)
-	for _, tt := range []struct {
-		what   string
-		fields []any
-		want   string // createdAt, "" for no session
-	}{
-		{"ISO", []any{"id", "7", "name", "Ada", "email", "a@b", "createdAt", "2025-03-30T20:00:00.000Z", "updatedAt", "2025-03-30T20:00:00.000Z"}, "2025-03-30T20:00:00.000Z"},
-		{"Date.toString", []any{"id", "7", "name", "Ada", "email", "a@b", "createdAt", "Sun Mar 30 2025 20:00:00 GMT+0000 (Coordinated Universal Time)", "updatedAt", "2025-03-30T20:00:00Z"}, "2025-03-30T20:00:00.000Z"},
-		{"Date.toString elsewhere", []any{"id", "7", "name", "Ada", "email", "a@b", "createdAt", "Sun Mar 30 2025 22:00:00 GMT+0200 (Central European Summer Time)", "updatedAt", "2025-03-30T20:00:00Z"}, "2025-03-30T20:00:00.000Z"},
-		{"an offset", []any{"id", "7", "createdAt", "2025-03-30T22:00:00.5+02:00", "updatedAt", "2025-03-30T20:00:00Z"}, "2025-03-30T20:00:00.500Z"},
-		{"more fields than known", []any{"id", "7", "role", "admin", "createdAt", "2025-03-30T20:00:00.000Z", "updatedAt", "2025-03-30T20:00:00Z"}, "2025-03-30T20:00:00.000Z"},
-		{"no id", []any{"name", "Ada", "createdAt", "2025-03-30T20:00:00.000Z", "updatedAt", "2025-03-30T20:00:00Z"}, ""},
-		{"an empty id", []any{"id", "", "createdAt", "2025-03-30T20:00:00.000Z", "updatedAt", "2025-03-30T20:00:00Z"}, ""},
-		{"no times", []any{"id", "7"}, ""},
-		{"Invalid Date", []any{"id", "7", "createdAt", "Invalid Date", "updatedAt", "2025-03-30T20:00:00Z"}, ""},
-		{"milliseconds", []any{"id", "7", "createdAt", "1743364800000", "updatedAt", "2025-03-30T20:00:00Z"}, ""},
-	} {
-		id := newUUID()
-		redisDo(t, url, "HSET", append([]any{"session:" + id}, tt.fields...)...)
-		redisDo(t, url, "EXPIRE", "session:"+id, 60)
-		a := s.ask("GET", "/user", "", cookie(id))
-		if tt.want == "" && a.status != 401 || tt.want != "" && (a.status != 200 || !strings.Contains(a.body, `"createdAt":"`+tt.want+`"`)) {
-			t.Errorf("%s: status %d: %s, want %s", tt.what, a.status, a.body, cmp.Or(tt.want, "401"))
-		}
-		if a := s.ask("DELETE", "/user/session", "", cookie(id)); a.status != 204 || redisDo(t, url, "EXISTS", "session:"+id).(int64) != 0 {
-			t.Errorf("%s: DELETE status %d", tt.what, a.status)
-		}
-	}
-	id := newUUID()
-	redisDo(t, url, "SET", "session:"+id, "a string", "EX", 60)
-	other := newUUID()
-	redisDo(t, url, "HSET", "session:"+other, "id", "7", "createdAt", "2025-03-30T20:00:00Z", "updatedAt", "2025-03-30T20:00:00Z")
-	redisDo(t, url, "EXPIRE", "session:"+other, 60)
-	together(20, func(i int) { // in one batch, too
-		if i%2 == 0 {
-			s.want(401, id)
-		} else {
-			s.want(200, other)
-		}
-	})
-}
-
-func TestRedisURLs(t *testing.T) {
-	for url, want := range map[string]redisTarget{
-		"redis://localhost:6379":                     {addrs: []string{"localhost:6379"}},
-		"redis://localhost:6379/":                    {addrs: []string{"localhost:6379"}},
-		"rediss://u%40x:p%2Fw@[::1]:6380/15":         {addrs: []string{"[::1]:6380"}},
-		"redis://:p:w@h:1/2":                         {addrs: []string{"h:1"}},
-		"redis-sentinel://a:1,b:2,c:3/mymaster":      {addrs: []string{"a:1", "b:2", "c:3"}, primary: "mymaster"},
-		"redis-sentinel://u:p@a:1/my-master.1/3":     {addrs: []string{"a:1"}, primary: "my-master.1"},
-		"redis-sentinel://a:26379,[fd00::1]:26379/7": {addrs: []string{"a:26379", "[fd00::1]:26379"}, primary: "7"},
-	} {
-		scheme, _, _ := strings.Cut(url, ":")
-		if got, ok := parseRedisURL(url); !ok || got.scheme != scheme || !slices.Equal(got.addrs, want.addrs) || got.primary != want.primary {
-			t.Errorf("%s: got %+v, %v, want %+v", url, got, ok, want)
-		} else if text := redactURL(got.url); strings.Contains(text, "@") || !strings.Contains(text, got.addrs[0]) {
-			t.Errorf("%s: shown as %s", url, text)
-		}
-	}
-}
-
-func TestRedisWithUserPasswordAndDatabase(t *testing.T) {
-	t.Parallel()
-	r := ownRedis(t, "--user", "default", "off", "--user", "svc", "on", ">s3cr:t/@", "~session:*", "+@all")
-	s := start(t, "REDIS_URL=redis://svc:s3cr%3At%2F%40@127.0.0.1:"+r.port+"/3")
-	s.secret("s3cr")
-	_, id := s.register(newEmail())
-	s.want(200, id)
-	c, err := redis.DialURL("redis://svc:s3cr%3At%2F%40@127.0.0.1:" + r.port + "/3")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	if n, err := redis.Int(c.Do("EXISTS", "session:"+id)); n != 1 || err != nil {
-		t.Errorf("the session is not in database 3: %v", err)
-	}
-}
-
-// ---------------------------------------------------------------------------------------------------
-// store.go
-
-func TestEmbeddedSessionsOutliveARestart(t *testing.T) {
-	t.Parallel()
-	path := filepath.Join(t.TempDir(), "a folder?#%20", "users.db")
-	if err := os.Mkdir(filepath.Dir(path), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	s := start(t, "DB_PATH="+path)
-	email := newEmail()
-	user, id := s.register(email)
-	s.stop()
-	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 && runtime.GOOS != "windows" {
-		t.Errorf("the file: %v, %v, want it readable to its owner only", info, err)
-	}
-	s = start(t, "DB_PATH="+path)
-	if a := s.want(200, id); a.body != userJSON(user) {
-		t.Errorf("got %s", a.body)
-	}
-	s.signIn(email)
-}
-
-func TestEveryConnectionHasThePragmas(t *testing.T) {
-	db := openTestDatabase(t)
-	for name, pool := range map[string]*sql.DB{"writer": db.writer, "reader": db.reader} {
-		for range pool.Stats().MaxOpenConnections {
-			c, err := pool.Conn(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer c.Close()
-			for pragma, want := range map[string]string{"journal_mode": "wal", "synchronous": "2", "busy_timeout": "2000", "foreign_keys": "1", "temp_store": "2"} {
-				var got string
-				if err := c.QueryRowContext(t.Context(), "PRAGMA "+pragma).Scan(&got); err != nil || got != want {
-					t.Errorf("%s: PRAGMA %s is %s, %v, want %s", name, pragma, got, err, want)
-				}
-			}
-		}
-	}
-}
-
-func TestSessionRowsHoldNoSessionID(t *testing.T) {
-	t.Parallel()
-	s := start(t)
-	_, id := s.register(newEmail())
-	s.stop()
-	files, _ := filepath.Glob(s.dbPath + "*")
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if err != nil || bytes.Contains(text, []byte(id)) || bytes.Contains(text, []byte(password)) {
-			t.Errorf("%s holds a session id or a password (%v)", file, err)
-		}
-	}
-}
-
-func TestExpiredSessionsAreSwept(t *testing.T) {
-	t.Parallel()
-	db := openTestDatabase(t)
-	store := &sqliteSessions{db}
-	for range 150 {
-		if err := store.Create(t.Context(), newUUID(), "", testUser(1), -time.Second); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for range 2 {
-		if err := store.Create(t.Context(), newUUID(), "", testUser(1), time.Hour); err != nil {
-			t.Fatal(err)
-		}
-	}
-	var n int
-	if err := db.reader.QueryRow(`SELECT count(*) FROM sessions`).Scan(&n); err != nil || n != 2 {
-		t.Errorf("%d rows, %v, want the two sessions that live", n, err)
-	}
-}
-
-func TestStoreErrors(t *testing.T) {
-	t.Parallel()
-	db := openTestDatabase(t)
-	user := testUser(1)
-	if err := db.InsertUser(t.Context(), user, "hash"); err != nil {
-		t.Fatal(err)
-	}
-	twin := testUser(1)
-	if err := db.InsertUser(t.Context(), twin, "hash"); !errors.Is(err, errEmailTaken) {
-		t.Errorf("the same email again: %v, want errEmailTaken", err)
-	}
-	twin.Email = "other@example.com"
-	twin.ID = user.ID
-	if err := db.InsertUser(t.Context(), twin, "hash"); err == nil || errors.Is(err, errEmailTaken) || errors.Is(err, errUnavailable) {
-		t.Errorf("the same id again: %v, want a fault of ours", err)
-	}
-	if _, _, err := db.UserByEmail(t.Context(), "nobody@example.com"); !errors.Is(err, errUserNotFound) {
-		t.Errorf("nobody: %v, want errUserNotFound", err)
-	}
-	if got, hash, err := db.UserByEmail(t.Context(), user.Email); got != user || hash != "hash" || err != nil {
-		t.Errorf("got %v, %s, %v", got, hash, err)
-	}
-	for _, late := range []error{context.DeadlineExceeded, sql.ErrTxDone} { // what database/sql says of a write out of time
-		if err := storeError("writing", late); !errors.Is(err, errUnavailable) {
-			t.Errorf("%v, want errUnavailable", err)
-		}
-	}
-	if err := db.ReplacePasswordHash(t.Context(), user.ID, "older", "newer"); err != nil {
-		t.Error(err)
-	}
-	if _, hash, _ := db.UserByEmail(t.Context(), user.Email); hash != "hash" {
-		t.Errorf("a hash that had changed meanwhile was replaced, by %s", hash)
-	}
-}
-
-// ---------------------------------------------------------------------------------------------------
-// Faults: what breaks, and what the service makes of it. SESSION_STORAGE_LONG=1 runs the long forms.
-
-var long = os.Getenv("SESSION_STORAGE_LONG") != ""
-
-// rounds is how often a test of chance is repeated.
-func rounds(short, whenLong int) int {
-	if long {
-		return whenLong
-	}
-	return short
-}
-
 // proxy stands between the service and its Redis, and does what a bad network does, or worse.
 type proxy struct {
 	addr  string
 	mu    sync.Mutex
 	conns map[net.Conn]bool
 	fault fault
+	delay time.Duration // of replies; each waits for itself
 }
 
 // fault is given a whole reply of Redis and returns what the service receives in its stead, or an error
 // to cut the connection after that.
 type fault func(reply []byte) ([]byte, error)
 
-func startProxy(t testing.TB, target string) *proxy {
+func startProxy(t testing.TB, target string, delay time.Duration) *proxy {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &proxy{addr: l.Addr().String(), conns: map[net.Conn]bool{}}
+	p := &proxy{addr: l.Addr().String(), conns: map[net.Conn]bool{}, delay: delay}
 	go func() {
 		for {
 			c, err := l.Accept()
@@ -2356,9 +404,23 @@ func (p *proxy) serve(client net.Conn, target string) {
 		defer server.Close()
 		io.Copy(server, client)
 	}()
-	replies := bufio.NewReader(server)
+	type delayed struct {
+		due  time.Time
+		data []byte
+	}
+	replies := make(chan delayed, 10_000)
+	var sent sync.WaitGroup
+	sent.Go(func() {
+		for r := range replies {
+			time.Sleep(time.Until(r.due))
+			client.Write(r.data)
+		}
+	})
+	defer sent.Wait()
+	defer close(replies)
+	in := bufio.NewReader(server)
 	for {
-		reply, err := readReply(replies)
+		reply, err := readReply(in)
 		if err != nil {
 			return
 		}
@@ -2369,66 +431,12 @@ func (p *proxy) serve(client net.Conn, target string) {
 			reply, err = f(reply)
 		}
 		if len(reply) > 0 {
-			client.Write(reply)
+			replies <- delayed{time.Now().Add(p.delay), reply}
 		}
 		if err != nil {
 			return
 		}
 	}
-}
-
-// delayed passes bytes on to target at once, and back after d.
-func delayed(t testing.TB, target string, d time.Duration) (addr string) {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	pass := func(to, from net.Conn) {
-		defer to.Close()
-		type chunk struct {
-			due  time.Time
-			data []byte
-		}
-		chunks := make(chan chunk, 1000)
-		go func() {
-			defer close(chunks)
-			for {
-				buf := make([]byte, 64<<10)
-				n, err := from.Read(buf)
-				if n > 0 {
-					chunks <- chunk{time.Now().Add(d), buf[:n]}
-				}
-				if err != nil {
-					return
-				}
-			}
-		}()
-		for c := range chunks {
-			time.Sleep(time.Until(c.due))
-			to.Write(c.data)
-		}
-	}
-	go func() {
-		for {
-			client, err := l.Accept()
-			if err != nil {
-				return
-			}
-			server, err := net.Dial("tcp", target)
-			if err != nil {
-				client.Close()
-				continue
-			}
-			go func() {
-				defer server.Close()
-				io.Copy(server, client)
-			}()
-			go pass(client, server)
-		}
-	}()
-	return l.Addr().String()
 }
 
 // readReply reads one whole reply of RESP 2.
@@ -2459,477 +467,3850 @@ func readReply(r *bufio.Reader) ([]byte, error) {
 	return line, nil
 }
 
-// --- Faults: Redis away
-
-func TestRedisOutOfReach(t *testing.T) {
-	t.Parallel()
-	var waves sync.Mutex // one at a time, or they would measure each other
-	errCut := errors.New("cut")
-	faults := map[string]fault{
-		"black hole":       func([]byte) ([]byte, error) { return nil, nil },
-		"cut":              func([]byte) ([]byte, error) { return nil, errCut },
-		"half a reply":     func(reply []byte) ([]byte, error) { return reply[:len(reply)/2], errCut },
-		"half, then none":  func(reply []byte) ([]byte, error) { return reply[:len(reply)/2], nil },
-		"garbage":          func([]byte) ([]byte, error) { return []byte("HTTP/1.1 400 Bad Request\r\n\r\n"), nil },
-		"a huge string":    func([]byte) ([]byte, error) { return []byte("$99999999999999\r\n"), nil },
-		"a huge array":     func([]byte) ([]byte, error) { return []byte("*2147483647\r\n"), nil },
-		"deep nesting":     func([]byte) ([]byte, error) { return bytes.Repeat([]byte("*1\r\n"), 1<<20), nil },
-		"an endless line":  func([]byte) ([]byte, error) { return bytes.Repeat([]byte("+"), 8<<20), nil },
-		"the wrong shapes": func([]byte) ([]byte, error) { return []byte(":1\r\n"), nil },
-	}
-	test := func(t *testing.T, r *redisServer, url string, fail, heal func(), lost bool) {
-		s := start(t, "REDIS_URL="+url)
-		s.faulty = true
-		email := newEmail()
-		s.addAccount(email, bcrypt.MinCost)
-		_, id := s.register(newEmail())
-		accounts := s.count(`SELECT count(*) FROM users`)
-		fail()
-		s.unavailable(id, email)
-		var worst atomic.Int64
-		waves.Lock()
-		together(500, func(int) {
-			begin := time.Now()
-			s.want(503, id)
-			raise(&worst, time.Since(begin))
-		})
-		waves.Unlock()
-		if d := time.Duration(worst.Load()); d > 3*time.Second {
-			t.Errorf("500 at once: an answer took %v", d)
-		}
-		if n := s.count(`SELECT count(*) FROM users`); n != accounts {
-			t.Errorf("registrations that failed left %d accounts behind", n-accounts)
-		}
-		var mem runtime.MemStats
-		if runtime.ReadMemStats(&mem); mem.HeapAlloc > 512<<20 || runtime.NumGoroutine() > 20_000 {
-			t.Errorf("the heap is at %d MB, %d goroutines run", mem.HeapAlloc>>20, runtime.NumGoroutine())
-		}
-		heal()
-		healed := time.Now()
-		eventually(t, 10*time.Second, "the service is back", func() bool { return s.ask("GET", "/healthz", "").status == 200 })
-		if d := time.Since(healed); d > 2*time.Second {
-			t.Errorf("back after %v, want 2 s", d)
-		}
-		t.Logf("worst answer %v, back after %v", time.Duration(worst.Load()).Round(time.Millisecond), time.Since(healed).Round(time.Millisecond))
-		if lost {
-			s.want(401, id)
-		} else {
-			s.want(200, id)
-		}
-		s.want(200, s.signIn(email))
-		s.register(newEmail())
-		r.wantEnds(t)
-	}
-	for name, f := range faults {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			r := ownRedis(t)
-			p := startProxy(t, "127.0.0.1:"+r.port)
-			test(t, r, p.url(), func() { p.set(f) }, func() { p.set(nil) }, false)
-		})
-	}
-	t.Run("killed", func(t *testing.T) {
-		t.Parallel()
-		r := ownRedis(t)
-		test(t, r, r.url(), r.kill, func() { r.launch(t) }, true)
-	})
-	t.Run("killed, and back with its data", func(t *testing.T) {
-		t.Parallel()
-		r := ownRedis(t, "--appendonly", "yes", "--appendfsync", "always")
-		test(t, r, r.url(), r.kill, func() { r.launch(t) }, false)
-	})
-	t.Run("frozen", func(t *testing.T) {
-		t.Parallel()
-		r := ownRedis(t)
-		test(t, r, r.url(), func() { r.signal(t, "STOP") }, func() { r.signal(t, "CONT") }, false)
-	})
+// logBuffer is a service's standard error.
+type logBuffer struct {
+	mu    sync.Mutex
+	text  bytes.Buffer
+	ended bool
 }
 
-// unavailable checks that every endpoint that needs the store says so, in time, and clears no cookie.
-func (s *service) unavailable(id, email string) {
-	s.Helper()
-	other := newUUID() // what is not answered may yet have been done
-	for _, tt := range []struct{ method, path, body, id string }{
-		{"GET", "/user", "", id}, {"DELETE", "/user/session", "", other}, {"GET", "/healthz", "", ""},
-		{"POST", "/user/signin", credentials(email, password), other}, {"POST", "/user", credentials(newEmail(), password), other},
-	} {
-		begin := time.Now()
-		a := s.ask(tt.method, tt.path, tt.body, cookie(tt.id)) // no 503 sets a cookie: see check
-		if d := time.Since(begin); a.status != 503 || d > 3*time.Second {
-			s.Errorf("%s %s: status %d after %v, want 503 within 3 s: %s", tt.method, tt.path, a.status, d, a.body)
-		}
-	}
-	if a := s.ask("GET", "/user", ""); a.status != 401 {
-		s.Errorf("GET /user without a cookie: status %d, want 401", a.status)
-	}
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
 }
 
-// wantEnds checks that no session can stay for ever.
-func (r *redisServer) wantEnds(t testing.TB) {
+// end tells that nothing more will be written.
+func (b *logBuffer) end() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.ended = true
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
+}
+
+// lines returns the lines with that message so far.
+func (b *logBuffer) lines(msg string) []map[string]any {
+	var found []map[string]any
+	for line := range strings.Lines(b.String()) {
+		var fields map[string]any
+		if json.Unmarshal([]byte(line), &fields) == nil && fields["msg"] == msg {
+			found = append(found, fields)
+		}
+	}
+	return found
+}
+
+// find waits for a line with that message, and returns the first one.
+func (b *logBuffer) find(t testing.TB, msg string) map[string]any {
 	t.Helper()
-	keys, err := redis.Strings(redisDo(t, r.url(), "KEYS", "session:*"), nil)
+	var found []map[string]any
+	deadline := time.Now().Add(15 * time.Second)
+	for {
+		b.mu.Lock()
+		ended := b.ended
+		b.mu.Unlock()
+		if found = b.lines(msg); len(found) > 0 {
+			return found[0]
+		}
+		if ended || time.Now().After(deadline) {
+			t.Fatalf("the service did not log %q:\n%s", msg, b)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// service is a running instance of the program.
+type service struct {
+	testing.TB
+	url     string
+	dbPath  string
+	log     *logBuffer
+	client  *http.Client
+	stop    func()    // as SIGTERM does; waits for the end
+	process *exec.Cmd // nil when it runs within the test
+
+	mu      sync.Mutex
+	secrets []string // that were sent, and must not be logged
+	faulty  bool     // its log may hold errors
+}
+
+// untuned is set where run would otherwise tune the test's own process.
+const untuned = "as it is"
+
+// environ is the environment of a test's service: a free port, a file of its own, and the given variables.
+func environ(t testing.TB, vars []string) map[string]string {
+	env := map[string]string{
+		"ADDR":       "127.0.0.1:0",
+		"DB_PATH":    filepath.Join(t.TempDir(), "users.db"),
+		"REDIS_URL":  "", // or a process would have this one's
+		"GOGC":       untuned,
+		"GOMAXPROCS": untuned,
+	}
+	for _, v := range vars {
+		name, value, _ := strings.Cut(v, "=")
+		env[name] = value
+	}
+	return env
+}
+
+// start runs the service within the test, and at its end stops it and looks through its log. bcrypt has its
+// lowest cost, which no configuration allows, unless the variables set one: the race detector makes bcrypt ten
+// times slower.
+func start(t testing.TB, vars ...string) *service {
+	t.Helper()
+	return startWith(t, func(*config) {}, vars...)
+}
+
+// startWith is start with changes to the configuration.
+func startWith(t testing.TB, change func(*config), vars ...string) *service {
+	t.Helper()
+	env := environ(t, vars)
+	cfg, err := loadConfig(func(name string) string { return env[name] })
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, key := range keys {
-		if ttl := redisDo(t, r.url(), "TTL", key).(int64); ttl < 0 && ttl != -2 {
-			t.Errorf("%s has no end", key)
+	if env["BCRYPT_COST"] == "" {
+		cfg.server.bcryptCost = bcrypt.MinCost
+	}
+	change(&cfg)
+	s := &service{TB: t, dbPath: cfg.dbPath, log: &logBuffer{}, client: newClient()}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- serve(ctx, cfg, slog.New(slog.NewJSONHandler(s.log, &slog.HandlerOptions{Level: cfg.logLevel})))
+		s.log.end()
+	}()
+	s.stop = sync.OnceFunc(func() {
+		s.client.CloseIdleConnections() // one without a request yet would hold up the end
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("serve: %v\n%s", err, s.log)
+		}
+		s.checkLog()
+	})
+	t.Cleanup(s.stop)
+	s.url = "http://" + s.log.find(t, "listening")["addr"].(string)
+	return s
+}
+
+func newClient() *http.Client {
+	return &http.Client{
+		Transport:     &http.Transport{MaxIdleConnsPerHost: 1000},
+		Timeout:       30 * time.Second,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+}
+
+// startProcess runs the program as a process of its own, so that it can be killed. bcrypt's cost is 10 unless
+// the variables set one.
+func startProcess(t testing.TB, vars ...string) *service {
+	t.Helper()
+	return startLimited(t, "true", vars...)
+}
+
+// startLimited is startProcess under a limit that a shell command sets, such as ulimit -n 60.
+func startLimited(t testing.TB, limit string, vars ...string) *service {
+	t.Helper()
+	env := environ(t, append([]string{"BCRYPT_COST=10"}, vars...))
+	maps.DeleteFunc(env, func(_, value string) bool { return value == untuned })
+	s := &service{TB: t, dbPath: env["DB_PATH"], log: &logBuffer{}, client: newClient()}
+	s.process = exec.Command("sh", "-c", limit+` && exec "$0"`, os.Args[0])
+	s.process.Env = append(os.Environ(), programEnv+"=1")
+	for name, value := range env {
+		s.process.Env = append(s.process.Env, name+"="+value)
+	}
+	s.process.Stderr = s.log
+	if err := s.process.Start(); err != nil {
+		t.Fatal(err)
+	}
+	exited := make(chan error, 1)
+	go func() {
+		exited <- s.process.Wait()
+		s.log.end()
+	}()
+	s.stop = sync.OnceFunc(func() {
+		s.client.CloseIdleConnections()
+		s.process.Process.Signal(syscall.SIGTERM) // as docker stop does
+		if err := <-exited; err != nil && !s.isFaulty() {
+			t.Errorf("exit: %v\n%s", err, s.log)
+		}
+		s.checkLog()
+	})
+	t.Cleanup(s.stop)
+	s.url = "http://" + s.log.find(t, "listening")["addr"].(string)
+	return s
+}
+
+// expectErrors lets the service log errors and end in any way.
+func (s *service) expectErrors() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.faulty = true
+}
+
+func (s *service) isFaulty() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.faulty
+}
+
+// secret names what must not be logged.
+func (s *service) secret(secrets ...string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.secrets = append(s.secrets, secrets...)
+}
+
+// checkLog looks for secrets, for lines that are no JSON, and for errors nobody expected.
+func (s *service) checkLog() {
+	s.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	log := s.log.String()
+	for _, secret := range append(s.secrets, "$2a$", "$2b$", "panic", cookieName+"=") {
+		if strings.Contains(log, secret) {
+			s.Errorf("the log holds %q:\n%s", secret, log)
+		}
+	}
+	for line := range strings.Lines(log) {
+		if !json.Valid([]byte(line)) && strings.HasSuffix(line, "\n") {
+			s.Errorf("a log line is no JSON: %s", line)
+		}
+		if strings.Contains(line, `"level":"ERROR"`) && !s.faulty {
+			s.Errorf("unexpected error in the log: %s", line)
 		}
 	}
 }
 
-func TestStartsWithoutItsRedis(t *testing.T) {
-	t.Parallel()
-	r := ownRedis(t)
-	r.kill()
-	s := start(t, "REDIS_URL="+r.url())
-	s.faulty = true
-	email := newEmail()
-	s.addAccount(email, bcrypt.MinCost)
-	s.log.find(t, "session store out of reach, answering 503 until it is back")
-	s.unavailable(newUUID(), email)
-	r.launch(t)
-	begin := time.Now()
-	eventually(t, 2*time.Second, "the service is back", func() bool { return s.ask("GET", "/healthz", "").status == 200 })
-	t.Logf("back after %v", time.Since(begin))
-	s.want(200, s.signIn(email))
-	s.log.find(t, "store out of reach")
+// reply is what the service answered.
+type reply struct {
+	status int
+	header http.Header
+	body   string
+	cookie *http.Cookie // session-id, nil when it was not set
 }
 
-func TestRedisWithTheWrongPassword(t *testing.T) {
+// send sends a request, checks what every answer has in common, and returns the answer or what broke it.
+func (s *service) send(method, path, body string, header ...string) (*reply, error) {
+	s.Helper()
+	req, err := http.NewRequest(method, s.url+path, strings.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	if body != "" {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	for _, h := range header {
+		name, value, _ := strings.Cut(h, ": ")
+		if name == "Content-Type" {
+			req.Header.Del(name)
+		}
+		req.Header.Add(name, value)
+	}
+	resp, err := s.client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return nil, err
+	}
+	a := &reply{status: resp.StatusCode, header: resp.Header, body: string(text)}
+	for _, c := range resp.Cookies() {
+		if c.Name == cookieName {
+			a.cookie = c
+		}
+	}
+	checkReply(s, method+" "+path, a)
+	return a, nil
+}
+
+// ask is send for an answer that must come. Like all that may call Fatal it is for the test's own goroutine.
+func (s *service) ask(method, path, body string, header ...string) *reply {
+	s.Helper()
+	a, err := s.send(method, path, body, header...)
+	if err != nil {
+		s.Fatalf("%s %s: %v", method, path, err)
+	}
+	return a
+}
+
+// status is send for any goroutine: 0 when no answer came, which is an error of the test.
+func (s *service) status(method, path, body string, header ...string) int {
+	s.Helper()
+	a, err := s.send(method, path, body, header...)
+	if err != nil {
+		s.Errorf("%s %s: %v", method, path, err)
+		return 0
+	}
+	return a.status
+}
+
+// checkReply checks what holds of every answer.
+func checkReply(t testing.TB, what string, a *reply) {
+	t.Helper()
+	fail := func(format string, args ...any) {
+		t.Helper()
+		t.Errorf("%s: status %d: %s\n%v\n%s", what, a.status, fmt.Sprintf(format, args...), a.header, a.body)
+	}
+	if a.header.Get("Cache-Control") != "no-store" || a.header.Get("X-Content-Type-Options") != "nosniff" {
+		fail("without no-store or nosniff")
+	}
+	contentType := "application/json"
+	if a.status >= 400 {
+		contentType = "application/problem+json"
+	} else if a.status == 204 {
+		contentType = ""
+	}
+	if a.header.Get("Content-Type") != contentType {
+		fail("content type is not %q", contentType)
+	}
+	for _, internal := range []string{"$2a$", "$2b$", "hash", "sqlite", "SQL", "redis", "dial", "goroutine", ".go:", "context", "EOF", "127.0.0.1"} {
+		if strings.Contains(a.body, internal) {
+			fail("tells %q", internal)
+		}
+	}
+	if (a.status == 503 || a.status == 429) && a.header.Get("Retry-After") == "" {
+		fail("without Retry-After")
+	}
+	if a.status < 400 {
+		return
+	}
+	if a.cookie != nil {
+		fail("sets a cookie")
+	}
+	if a.body == "" { // of HEAD
+		return
+	}
+	var p struct {
+		Title, Detail string
+		Status        int
+		Errors        map[string]string
+	}
+	d := json.NewDecoder(strings.NewReader(a.body))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&p); err != nil || p.Title != http.StatusText(a.status) || p.Status != a.status || p.Detail == "" {
+		fail("is no problem of RFC 9457 (%v)", err)
+	}
+}
+
+const password = "correct horse battery"
+
+var lastEmail atomic.Int64
+
+func newEmail() string { return fmt.Sprintf("user%d@example.com", lastEmail.Add(1)) }
+
+func credentials(email, password string) string {
+	text, _ := json.Marshal(map[string]string{"name": "Ada Lovelace", "email": email, "password": password})
+	return string(text)
+}
+
+// cookie is the header for a session id.
+func cookie(id string) string { return "Cookie: " + cookieName + "=" + id }
+
+// from is the header by which a trusted proxy names a client.
+func from(addr string) string { return "X-Forwarded-For: " + addr }
+
+const trustLocal = "TRUSTED_PROXIES=127.0.0.0/8"
+
+// register makes an account over HTTP and returns its user and session id.
+func (s *service) register(email string, header ...string) (User, string) {
+	s.Helper()
+	a := s.ask("POST", "/user", credentials(email, password), header...)
+	if a.status != http.StatusCreated {
+		s.Fatalf("POST /user: status %d, want 201: %s", a.status, a.body)
+	}
+	var created registration
+	if err := json.Unmarshal([]byte(a.body), &created); err != nil || a.cookie == nil || a.cookie.Value != created.SessionID {
+		s.Fatalf("POST /user: %v, cookie %v, body %s", err, a.cookie, a.body)
+	}
+	s.secret(created.SessionID, password)
+	return created.User, created.SessionID
+}
+
+// signIn signs in over HTTP and returns the session id.
+func (s *service) signIn(email string, header ...string) string {
+	s.Helper()
+	a := s.ask("POST", "/user/signin", credentials(email, password), header...)
+	if a.status != http.StatusOK || a.cookie == nil {
+		s.Fatalf("POST /user/signin: status %d, want 200 and a cookie: %s", a.status, a.body)
+	}
+	s.secret(a.cookie.Value)
+	return a.cookie.Value
+}
+
+// want asks for the session's user and checks the status.
+func (s *service) want(status int, id string) *reply {
+	s.Helper()
+	a, err := s.send("GET", "/user", "", cookie(id))
+	if err != nil {
+		s.Errorf("GET /user: %v", err)
+		return &reply{}
+	}
+	if a.status != status {
+		s.Errorf("GET /user: status %d, want %d: %s", a.status, status, a.body)
+	}
+	return a
+}
+
+// userJSON is a user as the contract writes one.
+func userJSON(u User) string {
+	return fmt.Sprintf(`{"id":%q,"name":%q,"email":%q,"createdAt":%q,"updateAt":%q}`, u.ID, u.Name, u.Email, u.CreatedAt, u.UpdatedAt)
+}
+
+const testTime = "2025-03-30T20:00:00.000Z"
+
+func testUser(i int) User {
+	return User{newUUID(), fmt.Sprintf("User %d", i), fmt.Sprintf("user%d@example.com", i), testTime, "2025-03-31T20:00:00.123Z"}
+}
+
+// hashOf is a bcrypt hash of a password.
+func hashOf(t testing.TB, password string, cost int) string {
+	t.Helper()
+	hash, err := bcrypt.GenerateFromPassword([]byte(password), cost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(hash)
+}
+
+// addAccount puts an account with a password hash of the given cost into the database, past the service.
+func (s *service) addAccount(email string, cost int) User {
+	s.Helper()
+	user := User{newUUID(), "Ada Lovelace", email, testTime, testTime}
+	s.exec(`INSERT INTO users (id, name, email, createdAt, updateAt, password) VALUES (?, ?, ?, 1743364800000, 1743364800000, ?)`,
+		user.ID, user.Name, user.Email, hashOf(s, password, cost))
+	return user
+}
+
+// exec runs SQL on the service's database, past the service.
+func (s *service) exec(query string, args ...any) {
+	s.Helper()
+	db := openSQL(s, s.dbPath)
+	defer db.Close()
+	if _, err := db.Exec(query, args...); err != nil {
+		s.Fatal(err)
+	}
+}
+
+// query returns one value from the service's database.
+func query[T any](s *service, query string, args ...any) (value T) {
+	s.Helper()
+	db := openSQL(s, s.dbPath)
+	defer db.Close()
+	if err := db.QueryRow(query, args...).Scan(&value); err != nil {
+		s.Fatal(err)
+	}
+	return value
+}
+
+// openSQL opens a database as another program would, which knows nothing of WAL.
+func openSQL(t testing.TB, path string) *sql.DB {
+	t.Helper()
+	db, err := sql.Open("sqlite", "file:"+path+"?_pragma=busy_timeout(5000)")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return db
+}
+
+func openTestDatabase(t testing.TB) *database {
+	t.Helper()
+	db, err := openDatabase(filepath.Join(t.TempDir(), "users.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close() })
+	return db
+}
+
+func openRedisSessions(t testing.TB, url string) *redisSessions {
+	t.Helper()
+	target, err := parseRedisURL(url)
+	if err != nil {
+		t.Fatalf("%s: %v", url, err)
+	}
+	s := newRedisSessions(target)
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+// testServer is a server without a network, with bcrypt at its lowest cost.
+func testServer(db *database, sessions SessionStore, log io.Writer) *server {
+	cfg := serverConfig{
+		sessionTTL:  time.Hour,
+		bcryptCost:  bcrypt.MinCost,
+		bcryptSlots: 1,
+		compareHash: bcrypt.CompareHashAndPassword,
+	}
+	return newServer(cfg, db, sessions, slog.New(slog.NewJSONHandler(log, nil)))
+}
+
+// serveOne answers a request without a network.
+func serveOne(s *server, method, path, body string, header ...string) *httptest.ResponseRecorder {
+	r := httptest.NewRequest(method, path, strings.NewReader(body))
+	r.Header.Set("Content-Type", "application/json")
+	for _, h := range header {
+		name, value, _ := strings.Cut(h, ": ")
+		r.Header.Add(name, value)
+	}
+	w := httptest.NewRecorder()
+	s.ServeHTTP(w, r)
+	return w
+}
+
+// mapSessions is a session backend in a few lines, which shows that one can be plugged in.
+type mapSessions struct {
+	mu       sync.Mutex
+	sessions map[string]mapSession
+}
+
+type mapSession struct {
+	user User
+	ends time.Time
+}
+
+func newMapSessions() *mapSessions { return &mapSessions{sessions: map[string]mapSession{}} }
+
+func (m *mapSessions) Create(_ context.Context, id string, user User, ttl time.Duration) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.sessions[id] = mapSession{user, time.Now().Add(ttl)}
+	return nil
+}
+
+func (m *mapSessions) Get(_ context.Context, id string) (User, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if s, ok := m.sessions[id]; ok && time.Now().Before(s.ends) {
+		return s.user, nil
+	}
+	return User{}, errNoSession
+}
+
+func (m *mapSessions) Delete(ctx context.Context, id string) error {
+	if _, err := m.Get(ctx, id); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.sessions, id)
+	return nil
+}
+
+func (m *mapSessions) Ping(context.Context) error { return nil }
+func (m *mapSessions) Close() error               { return nil }
+
+// each runs a test on the service with either session backend.
+func each(t *testing.T, test func(t *testing.T, backend string)) {
 	t.Parallel()
-	r := ownRedis(t, "--requirepass", "right")
-	for _, url := range []string{r.url(), "redis://:wrong@127.0.0.1:" + r.port} {
-		s := start(t, "REDIS_URL="+url)
-		s.faulty = true
-		s.secret("wrong@")
+	t.Run("sqlite", func(t *testing.T) { t.Parallel(); test(t, "REDIS_URL=") })
+	t.Run("redis", func(t *testing.T) { t.Parallel(); test(t, "REDIS_URL="+redisURL(t)) })
+}
+
+// together runs n functions at the same moment.
+func together(n int, f func(i int)) {
+	var wg sync.WaitGroup
+	begin := make(chan struct{})
+	for i := range n {
+		wg.Go(func() { <-begin; f(i) })
+	}
+	close(begin)
+	wg.Wait()
+}
+
+// long: SESSION_STORAGE_LONG=1 runs the long forms of tests of chance.
+var long = os.Getenv("SESSION_STORAGE_LONG") != ""
+
+// rounds is how often a test of chance is repeated.
+func rounds(short, whenLong int) int {
+	if long {
+		return whenLong
+	}
+	return short
+}
+
+// ---------------------------------------------------------------------------------------------------
+// main.go
+
+// runWith runs the program with the given variables. Should it serve, it stops at once.
+func runWith(t *testing.T, args []string, vars ...string) (status int, stdout, stderr string) {
+	t.Helper()
+	env := environ(t, vars)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	var out, log logBuffer
+	status = run(ctx, args, func(name string) string { return env[name] }, &out, &log)
+	return status, out.String(), log.String()
+}
+
+func TestWrongConfigurationIsRefused(t *testing.T) {
+	var first []string // wrong value of each row
+	for _, tt := range []struct {
+		name    string
+		allowed string // both are in the message
+		wrong   string // "": the value
+		values  []string
+	}{
+		{name: "ADDR", allowed: "host:port", values: []string{"8080", ":http-alt", ":65536"}},
+		{name: "PORT", allowed: "1 to 65535", values: []string{"0", "65536", ":3000"}},
+		{name: "DB_PATH", allowed: "path of a file", values: []string{":memory:", "file:x?mode=memory"}},
+		{name: "SESSION_TTL", allowed: "whole seconds, 1s or more", values: []string{"7d", "1500ms", "0s", "-1h"}},
+		{name: "BCRYPT_COST", allowed: "10 to 15", values: []string{"9", "16", "twelve"}},
+		{name: "COOKIE_SECURE", allowed: "true or false", values: []string{"yes"}},
+		{name: "DEBUG_ADDR", allowed: "host:port", values: []string{"6060"}},
+		{name: "LOG_LEVEL", allowed: "debug, info, warn or error", values: []string{"verbose", "INFO"}},
+		{name: "TRUSTED_PROXIES", allowed: "such as 10.0.0.0/8", values: []string{"10.0.0.1"}},
+		{name: "TRUSTED_PROXIES", allowed: "10.0.0.0/8", wrong: `"proxy"`, values: []string{"10.0.0.0/8,proxy"}},
+		{name: "TRUSTED_PROXIES", allowed: "as IPv4 or IPv6", values: []string{"::ffff:0.0.0.0/90"}},
+		{name: "REDIS_URL", allowed: "redis://[", wrong: "scheme", values: []string{"s3cret:6379", "http://s3cret:1"}},
+		{name: "REDIS_URL", allowed: "redis://[", wrong: "no such URL", values: []string{"redis://s3cret st:6379"}},
+		{name: "REDIS_URL", allowed: "redis://[", wrong: "login", values: []string{"redis://s3cret@h"}},
+		{name: "REDIS_URL", allowed: "redis://[", wrong: "several hosts", values: []string{"redis://s3cret:1,b:2"}},
+		{name: "REDIS_URL", allowed: "]/primary", wrong: "primary", values: []string{"redis-sentinel://:s3cret@a/"}},
+	} {
+		for _, value := range tt.values {
+			wrong := cmp.Or(tt.wrong, fmt.Sprintf("%q", value))
+			status, _, message := runWith(t, nil, tt.name+"="+value)
+			if status != 2 || !strings.HasPrefix(message, tt.name+": ") || strings.Count(message, "\n") != 1 ||
+				!strings.Contains(message, tt.allowed) || !strings.Contains(message, wrong) {
+				t.Errorf("%s=%s: exit status %d, want 2, %q and %q in: %s", tt.name, value, status, tt.allowed, wrong, message)
+			}
+			if strings.Contains(message, "s3c") {
+				t.Errorf("%s=%s: the message tells some of it: %s", tt.name, value, message)
+			}
+		}
+		first = append(first, tt.name+"="+tt.values[0])
+	}
+	status, _, message := runWith(t, nil, first...)
+	if lines := regexp.MustCompile(`(?m)^[A-Z_]+: `).FindAllString(message, -1); status != 2 || len(lines) != 10 {
+		t.Errorf("all wrong: exit status %d, want 2 and a line for each of 10 variables: %s", status, message)
+	}
+}
+
+func TestConfiguration(t *testing.T) {
+	for vars, want := range map[string]string{
+		"ADDR=,DB_PATH=,PORT=,SESSION_TTL=,BCRYPT_COST=,COOKIE_SECURE=,TRUSTED_PROXIES=,DEBUG_ADDR=,LOG_LEVEL=": "" +
+			"[:8080 users.db <nil> 168h0m0s 12 true []  INFO]",
+		"ADDR=:0,DB_PATH=x,REDIS_URL=redis://h,SESSION_TTL=1s,BCRYPT_COST=10,TRUSTED_PROXIES=::/0,LOG_LEVEL=debug": "" +
+			"[:0 x redis://h:6379/0 1s 10 true [::/0]  DEBUG]",
+		"ADDR=[::1]:65535,DB_PATH=/my users?#%.db,SESSION_TTL=87600h,BCRYPT_COST=15,DEBUG_ADDR=:6060,COOKIE_SECURE=false": "" +
+			"[[::1]:65535 /my users?#%.db <nil> 87600h0m0s 15 false [] :6060 INFO]",
+		"ADDR=,DB_PATH=x,PORT=65535,LOG_LEVEL=warn,TRUSTED_PROXIES= ::ffff:10.0.0.0/104 ": "" +
+			"[:65535 x <nil> 168h0m0s 12 true [10.0.0.0/8]  WARN]",
+		"ADDR=h:1,DB_PATH=x,PORT=3000,LOG_LEVEL=error": "[h:1 x <nil> 168h0m0s 12 true []  ERROR]",
+	} {
+		env := environ(t, strings.Split(vars, ","))
+		c, err := loadConfig(func(name string) string { return env[name] })
+		got := fmt.Sprint([]any{c.addr, c.dbPath, c.redis, c.server.sessionTTL, c.server.bcryptCost,
+			c.server.cookieSecure, c.server.trustedProxies, c.debugAddr, c.logLevel})
+		if err != nil || got != want {
+			t.Errorf("%s: %v, got %s, want %s", vars, err, got, want)
+		}
+	}
+}
+
+func TestExitStatus(t *testing.T) {
+	t.Parallel()
+	well := strings.TrimPrefix(start(t).url, "http://")
+	_, port, _ := net.SplitHostPort(well)
+	unwell := start(t, "REDIS_URL=redis://127.0.0.1:"+freePort())
+	unwell.expectErrors()
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	const usage = "usage: session-storage [-healthcheck | -version]"
+	for _, tt := range []struct {
+		args, vars     string
+		status         int
+		stdout, stderr string
+	}{
+		{args: "-version", vars: "BCRYPT_COST=broken", stdout: runtime.Version()},
+		{args: "--version", stdout: "session-storage "},
+		{args: "-h", status: 2, stderr: usage},
+		{args: "-port 1", status: 2, stderr: usage},
+		{args: "serve", status: 2, stderr: usage},
+		{args: "-version x", status: 2, stderr: usage},
+		{args: "-healthcheck", vars: "BCRYPT_COST=broken", status: 1, stderr: "BCRYPT_COST"},
+		{args: "-healthcheck", vars: "ADDR=" + well},
+		{args: "-healthcheck", vars: "ADDR=:" + port},
+		{args: "-healthcheck", vars: "ADDR=0.0.0.0:" + port},
+		{args: "-healthcheck", vars: "ADDR=,PORT=" + port},
+		{args: "-healthcheck", vars: "ADDR=" + strings.TrimPrefix(unwell.url, "http://"), status: 1, stderr: "503"},
+		{args: "-healthcheck", vars: "ADDR=" + silent.Addr().String(), status: 1, stderr: "exceeded"},
+		{args: "-healthcheck", vars: "ADDR=127.0.0.1:" + freePort(), status: 1, stderr: "refused"},
+		{args: "-healthcheck", vars: "ADDR=[fe80::1%none]:" + freePort(), status: 1, stderr: "dial"},
+		{vars: "ADDR=" + well, status: 1, stderr: fmt.Sprintf("ADDR=%q: ", well)},
+		{vars: "DEBUG_ADDR=" + well, status: 1, stderr: fmt.Sprintf("DEBUG_ADDR=%q: ", well)},
+		{vars: "DB_PATH=/no/such/folder/users.db", status: 1, stderr: `DB_PATH="/no/such/folder/users.db": `},
+		{vars: "DB_PATH=/", status: 1, stderr: `DB_PATH="/": `},
+	} {
+		status, stdout, stderr := runWith(t, strings.Fields(tt.args), strings.Split(tt.vars, ",")...)
+		if status != tt.status || !strings.Contains(stdout, tt.stdout) || !strings.Contains(stderr, tt.stderr) ||
+			(stdout == "") != (tt.stdout == "") || (stderr == "") != (tt.stderr == "") {
+			t.Errorf("%+v: exit status %d, stdout %s, stderr %s", tt, status, stdout, stderr)
+		}
+	}
+}
+
+func TestLogLevels(t *testing.T) {
+	t.Parallel()
+	for name, want := range map[string]string{"info": "INFO WARN ERROR", "warn": "WARN ERROR", "error": "ERROR"} {
+		status, _, log := runWith(t, nil, "LOG_LEVEL="+name, "COOKIE_SECURE=false",
+			"REDIS_URL=redis://127.0.0.1:"+freePort())
+		for _, level := range []string{"INFO", "WARN", "ERROR"} {
+			if status != 0 || strings.Contains(log, `"level":"`+level) != strings.Contains(want, level) {
+				t.Errorf("LOG_LEVEL=%s: exit status %d, want only %s in: %s", name, status, want, log)
+			}
+		}
+	}
+}
+
+func TestTheRuntimeIsTunedUnlessTheEnvironmentSays(t *testing.T) {
+	cores := runtime.GOMAXPROCS(0)
+	before := debug.SetGCPercent(100)
+	t.Cleanup(func() {
+		runtime.GOMAXPROCS(cores)
+		debug.SetGCPercent(before)
+	})
+	for value, want := range map[string]struct{ procs, percent int }{"1": {cores, 100}, "": {2 * cores, 400}} {
+		runtime.GOMAXPROCS(cores)
+		tuneRuntime(func(string) string { return value })
+		if procs, percent := runtime.GOMAXPROCS(0), debug.SetGCPercent(100); procs != want.procs || percent != want.percent {
+			t.Errorf("GOMAXPROCS=%s, GOGC=%[1]s: set to %d, %d, want %v", value, procs, percent, want)
+		}
+	}
+}
+
+func TestStartSaysWhatIsInUse(t *testing.T) {
+	t.Parallel()
+	target := "127.0.0.1:" + freePort() + "/3" // where there is no Redis
+	s := start(t, "REDIS_URL=redis://svc:wr0ng@"+target, "COOKIE_SECURE=false")
+	s.expectErrors()
+	s.secret("wr0ng", "svc")
+	line := s.log.find(t, "listening")
+	if line["accounts"] != s.dbPath || line["sessions"] != "redis://"+target || line["version"] != buildVersion() {
+		t.Errorf("got %v, want sessions in %s", line, target)
+	}
+	s.log.find(t, "COOKIE_SECURE=false: session cookies travel over plain HTTP, where anybody on the way can read them")
+	s = start(t)
+	if line := s.log.find(t, "listening"); line["sessions"] != "sqlite "+s.dbPath {
+		t.Errorf("got %v, want sessions in sqlite", line)
+	}
+}
+
+// hookedSessions is a store that a test watches and breaks: each method asks before, and fails with the answer.
+type hookedSessions struct {
+	*mapSessions
+	before func(method, id string) error
+}
+
+func newHookedSessions() *hookedSessions {
+	return &hookedSessions{newMapSessions(), func(string, string) error { return nil }}
+}
+
+// fail makes the next call of a method fail.
+func (h *hookedSessions) fail(method string, err error) {
+	h.before = func(called, _ string) error {
+		if called != method {
+			return nil
+		}
+		method = ""
+		return err
+	}
+}
+
+func (h *hookedSessions) Create(ctx context.Context, id string, user User, ttl time.Duration) error {
+	if err := h.before("Create", id); err != nil {
+		return err
+	}
+	return h.mapSessions.Create(ctx, id, user, ttl)
+}
+
+func (h *hookedSessions) Get(ctx context.Context, id string) (User, error) {
+	if err := h.before("Get", id); err != nil {
+		return User{}, err
+	}
+	return h.mapSessions.Get(ctx, id)
+}
+
+func (h *hookedSessions) Delete(ctx context.Context, id string) error {
+	if err := h.before("Delete", id); err != nil {
+		return err
+	}
+	return h.mapSessions.Delete(ctx, id)
+}
+
+func TestTheStartTriesASessionAndLeavesNone(t *testing.T) {
+	const refused = "session store refuses a trial session, answering 503 to what it refuses"
+	const away = "session store out of reach, answering 503 until it is back"
+	for _, method := range []string{"Create", "Get", "Delete"} {
+		for cause, want := range map[error]string{unavailable(redis.Error("NOPERM")): refused, unavailable(io.EOF): away} {
+			sessions := newHookedSessions()
+			sessions.fail(method, cause)
+			log := &logBuffer{}
+			trySession(t.Context(), sessions, slog.New(slog.NewJSONHandler(log, nil)))
+			if log.find(t, want)["err"] != cause.Error() {
+				t.Errorf("%s fails: logs %s, want the cause", method, log)
+			}
+		}
+	}
+	r := ownRedis(t)
+	start(t, "REDIS_URL="+r.url())
+	stats := fmt.Sprintf("%s", r.do(t, "INFO", "commandstats"))
+	if n := r.do(t, "DBSIZE"); n != int64(0) || !strings.Contains(stats, "cmdstat_hset:calls=1,") {
+		t.Errorf("the start leaves %v keys in Redis, having run %s", n, stats)
+	}
+}
+
+func TestDebugAddressIsTheOnlyOneThatServesDebug(t *testing.T) {
+	t.Parallel()
+	s := startProcess(t, "DEBUG_ADDR=127.0.0.1:0", "REDIS_URL="+redisURL(t))
+	_, id := s.register(newEmail())
+	s.want(200, id)
+	var text []byte
+	for _, path := range []string{"/debug/pprof/", "/debug/pprof/cmdline", "/debug/vars"} {
+		if a := s.ask("GET", path, ""); a.status != 404 {
+			t.Errorf("%s on the public address: status %d, want 404", path, a.status)
+		}
+		resp, err := s.client.Get("http://" + s.log.find(t, "debug listening")["addr"].(string) + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, _ = io.ReadAll(resp.Body)
+		if resp.Body.Close(); resp.StatusCode != 200 {
+			t.Errorf("%s on the debug address: status %d, want 200", path, resp.StatusCode)
+		}
+	}
+	var vars struct{ Service map[string]float64 }
+	json.Unmarshal(text, &vars)
+	for name, want := range map[string]float64{
+		"GET /user 200": 1, "POST /user 201": 1, "404": 3, "session lookups": 1, "registered": 1, "signed in": 0,
+		"signed out": 0, "sign-ins refused": 0, "throttled": 0, "too busy": 0, "store errors": 0, "bcrypts running": 0,
+		"bcrypts waited on": 0, "redis operations": 5, "redis flushes": 5, "redis retries": 0, "redis dials": 1,
+	} {
+		if got, ok := vars.Service[name]; !ok || got != want {
+			t.Errorf("%s is %v (%t), want %v", name, got, ok, want)
+		}
+	}
+	const warning = "DEBUG_ADDR is not a loopback address: whoever reaches it can profile this process"
+	if len(s.log.lines(warning)) > 0 {
+		t.Error("warns of a loopback address")
+	}
+	startProcess(t, "DEBUG_ADDR=0.0.0.0:0").log.find(t, warning)
+}
+
+// dialRaw connects to the service without an HTTP client.
+func (s *service) dialRaw() net.Conn {
+	s.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+	if err != nil {
+		s.Fatal(err)
+	}
+	s.Cleanup(func() { conn.Close() })
+	conn.SetReadDeadline(time.Now().Add(30 * time.Second))
+	return conn
+}
+
+// httpText is a request as it is sent.
+func httpText(route, body string, header ...string) string {
+	header = append(header, "Host: x", "Content-Type: application/json", fmt.Sprint("Content-Length: ", len(body)))
+	return route + " HTTP/1.1\r\n" + strings.Join(header, "\r\n") + "\r\n\r\n" + body
+}
+
+// readHTTP reads an answer, on any goroutine: status 0 when none came, which is an error of the test.
+func readHTTP(t testing.TB, what string, r *bufio.Reader) *reply {
+	t.Helper()
+	resp, err := http.ReadResponse(r, nil)
+	if err != nil {
+		t.Errorf("%s: %v", what, err)
+		return &reply{}
+	}
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(resp.Body)
+	if resp.Close {
+		resp.Header.Set("Connection", "close")
+	}
+	a := &reply{status: resp.StatusCode, header: resp.Header, body: string(body)}
+	checkReply(t, what, a)
+	return a
+}
+
+func TestShutdownFinishesWhatRuns(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	conn := s.dialRaw()
+	body := credentials(newEmail(), password)
+	io.WriteString(conn, strings.TrimSuffix(httpText("POST /user", body, "Expect: 100-continue"), body))
+	answers := bufio.NewReader(conn)
+	if line, err := answers.ReadString('\n'); err != nil || !strings.Contains(line, "100") {
+		t.Fatalf("got %q, %v: the handler does not read", line, err)
+	}
+	answers.ReadString('\n')
+	var stopping sync.WaitGroup
+	stopping.Go(s.stop)
+	s.log.find(t, "shutting down")
+	io.WriteString(conn, body)
+	a := readHTTP(t, "POST /user", answers)
+	if a.status != 201 || a.header.Get("Connection") != "close" {
+		t.Errorf("the request that ran: %+v, want 201 and Connection: close", a)
+	}
+	stopping.Wait()
+	if _, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://")); err == nil {
+		t.Error("a stopped service takes connections")
+	}
+	s.log.find(t, "stopped")
+}
+
+func TestShutdownFinishesTheUpgradeOfAHash(t *testing.T) {
+	t.Parallel()
+	s := startWith(t, func(c *config) { c.server.bcryptCost = 5 }, "REDIS_URL="+redisURL(t))
+	user := s.addAccount(newEmail(), 4)
+	db := openSQL(t, s.dbPath)
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	if _, err := db.Exec(`BEGIN IMMEDIATE`); err != nil {
+		t.Fatal(err)
+	}
+	s.signIn(user.Email) // which writes to Redis alone
+	unlocked := make(chan error, 1)
+	time.AfterFunc(time.Second, func() { // long after the service could have ended
+		_, err := db.Exec(`ROLLBACK`)
+		unlocked <- err
+	})
+	s.stop()
+	if err := <-unlocked; err != nil {
+		t.Fatal(err)
+	}
+	if hash := query[string](s, `SELECT password FROM users WHERE id = ?`, user.ID); !strings.HasPrefix(hash, "$2a$05$") {
+		t.Errorf("after the end the hash begins %.7s, want $2a$05$", hash)
+	}
+}
+
+func TestTheEndComesInTime(t *testing.T) {
+	t.Parallel()
+	for name, second := range map[string]bool{"after 10 s": false, "at a second signal": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := startProcess(t)
+			conn := s.dialRaw()
+			var err error
+			for err == nil { // until the service can write no more answers
+				conn.SetWriteDeadline(time.Now().Add(2 * time.Second))
+				_, err = io.WriteString(conn, httpText("GET /nowhere", ""))
+			}
+			begin := time.Now()
+			var stopping sync.WaitGroup
+			stopping.Go(s.stop) // by the first signal
+			s.log.find(t, "shutting down")
+			atLeast, atMost := 9*time.Second, 15*time.Second
+			if second {
+				s.expectErrors() // it ends by the signal
+				atLeast, atMost = 0, 7*time.Second
+			}
+			for second && s.process.Process.Signal(syscall.SIGTERM) == nil {
+				time.Sleep(5 * time.Millisecond) // the first may still be at work
+			}
+			stopping.Wait()
+			if d := time.Since(begin); d < atLeast || d > atMost {
+				t.Errorf("ended after %v, want %v to %v", d, atLeast, atMost)
+			}
+			if !second {
+				s.log.find(t, "requests cut off")
+			}
+		})
+	}
+}
+
+func TestMoreConnectionsThanFileDescriptors(t *testing.T) {
+	t.Parallel()
+	s := startLimited(t, "ulimit -n 60")
+	_, id := s.register(newEmail())
+	begin := time.Now()
+	var conns []net.Conn
+	for range 200 {
+		conns = append(conns, s.dialRaw())
+	}
+	s.want(200, id) // on the connection it had
+	const warning = "cannot accept connections"
+	eventually(t, 20*time.Second, "two warnings", func() bool { return len(s.log.lines(warning)) >= 2 })
+	lines := s.log.lines(warning)
+	if elapsed := time.Since(begin); len(lines) > 1+int(elapsed/time.Second) {
+		t.Errorf("%d warnings within %v, want one a second", len(lines), elapsed)
+	}
+	if cause, _ := lines[0]["err"].(string); lines[0]["level"] != "WARN" || !strings.Contains(cause, "too many") {
+		t.Errorf("log line %v, want a WARN and the cause", lines[0])
+	}
+	for _, conn := range conns {
+		conn.Close()
+	}
+	s.client.CloseIdleConnections()
+	s.want(200, id)
+	s.register(newEmail())
+}
+
+// pipeListener accepts connections within the process, which know the virtual time of a synctest bubble.
+type pipeListener struct {
+	conns chan net.Conn
+	close func()
+}
+
+func (l *pipeListener) Addr() net.Addr { return &net.TCPAddr{} }
+
+func (l *pipeListener) Close() error {
+	l.close()
+	return nil
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	conn, ok := <-l.conns
+	if !ok {
+		return nil, net.ErrClosed
+	}
+	return conn, nil
+}
+
+// servePipes serves s within a bubble, until the test's end. dial returns a client's end of a connection.
+func servePipes(t *testing.T, s *server) (dial func() net.Conn) {
+	t.Helper()
+	conns := make(chan net.Conn)
+	pipes := &pipeListener{conns, sync.OnceFunc(func() { close(conns) })}
+	served := make(chan error, 1)
+	go func() { served <- serveHTTP(t.Context(), &listener{Listener: pipes, repeats: s.repeats}, s, s.log) }()
+	t.Cleanup(func() {
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
+	return func() net.Conn {
+		client, server := net.Pipe()
+		t.Cleanup(func() { client.Close() })
+		conns <- server
+		return client
+	}
+}
+
+func TestClientsHaveTheirTime(t *testing.T) {
+	body := credentials("nobody@example.com", password)
+	head := strings.TrimSuffix(httpText("POST /user/signin", body), body)
+	get := httpText("GET /healthz", "")
+	for name, tt := range map[string]struct {
+		sent   string        // at once
+		slowly string        // then, a byte a second
+		unread time.Duration // before the client reads
+		busy   time.Duration // with another's bcrypt
+		answer string
+		cut    time.Duration // when the service closes the connection
+	}{
+		"for the first byte": {cut: 5 * time.Second},
+		"for headers":        {sent: "GET /user HTTP/1.1\r\nX: ", slowly: get, cut: 5 * time.Second},
+		"for a body":         {sent: head, slowly: body, answer: "HTTP/1.1 400 ", cut: 10 * time.Second},
+		"for idling":         {sent: get, answer: "HTTP/1.1 200 ", cut: 2 * time.Minute},
+		"for idling, twice":  {sent: get + get, answer: "HTTP/1.1 200 ", cut: 2 * time.Minute},
+		"to read the answer": {sent: get, unread: 29 * time.Second, answer: "HTTP/1.1 200 ", cut: 149 * time.Second},
+		"but not for ever":   {sent: get, unread: 31 * time.Second, cut: 31 * time.Second},
+		"for body and queue": {sent: head + body[:len(body)-9], slowly: body[len(body)-9:], busy: 12 * time.Second,
+			answer: "HTTP/1.1 401 ", cut: 12*time.Second + 2*time.Minute},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := testServer(openTestDatabase(t), newMapSessions(), io.Discard)
+				if tt.busy > 0 {
+					time.AfterFunc(tt.busy, s.gate.enterIfIdle().leave)
+				}
+				conn := servePipes(t, s)()
+				begin := time.Now()
+				var sending sync.WaitGroup
+				defer sending.Wait()
+				sending.Go(func() {
+					_, err := io.WriteString(conn, tt.sent)
+					for i := 0; i < len(tt.slowly) && err == nil; i++ {
+						time.Sleep(time.Second)
+						_, err = io.WriteString(conn, tt.slowly[i:i+1])
+					}
+				})
+				time.Sleep(tt.unread)
+				text, _ := io.ReadAll(conn)
+				if d := time.Since(begin); d < tt.cut || d > tt.cut+time.Second {
+					t.Errorf("cut after %v, want %v", d, tt.cut)
+				}
+				if !bytes.HasPrefix(text, []byte(tt.answer)) || (len(text) > 0) != (tt.answer != "") {
+					t.Errorf("answer %q, want %q", text, tt.answer)
+				}
+			})
+		})
+	}
+}
+
+func TestDeadlinesHoldHoweverTheyAreMoved(t *testing.T) {
+	const none = 1e6 // no deadline, or a call that never fails; all others are seconds from the call's beginning
+	for name, tt := range map[string]struct {
+		before []int // what is set before the call
+		during int   // what is set 2 s into it, 0: nothing
+		fails  int   // when the call does
+	}{
+		"put off, then less":                 {before: []int{1, 5, 3}, fails: 3},
+		"brought forward":                    {before: []int{3, 1}, fails: 1},
+		"taken away":                         {before: []int{1, none}, fails: none},
+		"past":                               {before: []int{3, -1}, fails: 0},
+		"past, then put off":                 {before: []int{-1, 2}, fails: 2},
+		"first set during the call":          {during: 3, fails: 3},
+		"put off during the call":            {before: []int{3}, during: 5, fails: 5},
+		"put off, then less during the call": {before: []int{1, 5}, during: 3, fails: 3},
+		"past during the call":               {before: []int{3}, during: -1, fails: 2},
+		"taken away during the call":         {before: []int{3}, during: none, fails: none},
+		"set again during the call":          {before: []int{4, none}, during: 3, fails: 3},
+	} {
+		for _, call := range []string{"Read", "Read of both", "Write of both"} {
+			synctest.Test(t, func(t *testing.T) {
+				peer, socket := net.Pipe()
+				defer peer.Close()
+				conn := newClientConn(socket)
+				set, do, help := conn.SetDeadline, conn.Read, peer.Write // help lets the call succeed
+				if call == "Read" {
+					set = conn.SetReadDeadline
+				}
+				if call == "Write of both" {
+					do, help = conn.Write, peer.Read
+				}
+				begin := time.Now()
+				move := func(seconds int) {
+					if seconds == none {
+						set(time.Time{})
+						return
+					}
+					set(begin.Add(time.Duration(seconds) * time.Second))
+				}
+				for _, seconds := range tt.before {
+					move(seconds)
+				}
+				if tt.during != 0 {
+					time.AfterFunc(2*time.Second, func() { move(tt.during) })
+				}
+				time.AfterFunc(none*time.Second, func() { help(make([]byte, 8)) })
+				_, err := do(make([]byte, 8))
+				after := int(time.Since(begin) / time.Second)
+				if after != tt.fails || errors.Is(err, os.ErrDeadlineExceeded) != (tt.fails != none) {
+					t.Errorf("%s, deadline %s: %v after %d s, want %d", call, name, err, after, tt.fails)
+				}
+			})
+		}
+	}
+}
+
+// The watch of net/http is seen by whether it takes a byte while the handler runs.
+func TestTheWatchIsSparedForLookupsAndKeptForSignIns(t *testing.T) {
+	lookup := httpText("GET /user", "", cookie(newUUID()))
+	signIn := httpText("POST /user/signin", credentials("nobody@example.com", password))
+	for _, tt := range []struct {
+		what, before, request string
+		watched               bool
+	}{
+		{what: "a lookup", request: lookup, watched: false},
+		{what: "a sign-in", request: signIn, watched: true},
+		{what: "a sign-in after a lookup", before: httpText("GET /user", ""), request: signIn, watched: true},
+		{what: "a lookup after a sign-in", before: signIn, request: lookup, watched: false},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			sessions := newHookedSessions()
+			s := testServer(openTestDatabase(t), sessions, io.Discard)
+			conn := servePipes(t, s)()
+			answers := bufio.NewReader(conn)
+			if tt.before != "" {
+				io.WriteString(conn, tt.before)
+				readHTTP(t, "before "+tt.what, answers)
+				synctest.Wait() // or the next request may come before its watch has ended
+			}
+			goOn := make(chan struct{})
+			sessions.before = func(string, string) error { <-goOn; return nil }
+			slot := s.gate.enterIfIdle()
+			io.WriteString(conn, tt.request)
+			synctest.Wait()
+			next := httpText("GET /healthz", "")
+			conn.SetWriteDeadline(time.Now().Add(time.Second))
+			n, err := io.WriteString(conn, next[:1])
+			if (n == 1) != tt.watched {
+				t.Errorf("%s that runs: a byte is read: %t, %v, want %t", tt.what, n == 1, err, tt.watched)
+			}
+			conn.SetWriteDeadline(time.Time{})
+			slot.leave()
+			close(goOn)
+			a := readHTTP(t, tt.what, answers)
+			io.WriteString(conn, next[n:])
+			if b := readHTTP(t, "after "+tt.what, answers); a.status != 401 || b.status != 200 {
+				t.Errorf("%s and what follows: status %d and %d, want 401 and 200", tt.what, a.status, b.status)
+			}
+		})
+	}
+}
+
+func TestASignInWhoseClientLeavesGivesUpItsPlace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := testServer(openTestDatabase(t), newMapSessions(), io.Discard)
+		defer s.gate.enterIfIdle().leave()
+		conn := servePipes(t, s)()
+		signIn := httpText("POST /user/signin", credentials("nobody@example.com", password))
+		io.WriteString(conn, signIn)
+		synctest.Wait()
+		_, before := s.gate.load()
+		conn.Close()
+		synctest.Wait()
+		if _, after := s.gate.load(); before != 1 || after != 0 {
+			t.Errorf("%d wait for bcrypt, %d after the client has left, want 1 and 0", before, after)
+		}
+	})
+}
+
+func TestRequestsAreAnsweredInOrderHoweverTheyArrive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dial := servePipes(t, testServer(openTestDatabase(t), newMapSessions(), io.Discard))
+		text := httpText("GET /"+strings.Repeat("x", 4100), "") + httpText("GET /healthz", "") +
+			httpText("POST /user/signin", "{}") + httpText("GET /user", "") + httpText("DELETE /user/session", "")
+		for split := 4090; split < len(text); split++ { // net/http's buffer has 4,096 bytes
+			conn := dial()
+			go func() {
+				io.WriteString(conn, text[:split])
+				synctest.Wait()
+				io.WriteString(conn, text[split:])
+			}()
+			answers := bufio.NewReader(conn)
+			for _, want := range []int{404, 200, 400, 401, 204} {
+				if a := readHTTP(t, "a request in two pieces", answers); a.status != want {
+					t.Fatalf("split at %d: status %d, want %d", split, a.status, want)
+				}
+			}
+			conn.Close()
+		}
+	})
+}
+
+func TestAnAnswerBeforeTheBodysEndArrives(t *testing.T) {
+	t.Parallel()
+	conn := start(t).dialRaw()
+	go io.WriteString(conn, httpText("POST /user", strings.Repeat(" ", 1<<20)))
+	answers := bufio.NewReader(conn)
+	a := readHTTP(t, "POST /user", answers)
+	if _, err := answers.ReadByte(); a.status != 413 || err != io.EOF {
+		t.Errorf("status %d and then %v, want 413 and the end: a reset may destroy the answer", a.status, err)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------
+// handlers.go
+
+func TestTheWholeStory(t *testing.T) {
+	each(t, func(t *testing.T, backend string) {
+		s := start(t, backend)
+		uuid := regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
+		milliseconds := regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$`)
+		const attributes = "; HttpOnly; Secure; SameSite=Lax"
+		before := time.Now().UTC().Format(timeFormat)
+		a := s.ask("POST", "/user", `{"name":" Ada Lovelace ","email":" Ada@Example.COM ","password":"correct horse"}`)
+		var created registration
+		json.Unmarshal([]byte(a.body), &created)
+		u := created.User
+		first := created.SessionID
+		s.secret("correct horse", first)
+		if a.status != 201 || a.body != fmt.Sprintf(`{"user":%s,"sessionId":%q}`, userJSON(u), first) ||
+			a.header.Get("Set-Cookie") != "session-id="+first+"; Path=/; Max-Age=604800"+attributes {
+			t.Fatalf("POST /user: status %d, %v: %s", a.status, a.header, a.body)
+		}
+		if u.Name != "Ada Lovelace" || u.Email != "ada@example.com" || u.CreatedAt != u.UpdatedAt ||
+			u.CreatedAt < before || !milliseconds.MatchString(u.CreatedAt) || !uuid.MatchString(first) {
+			t.Errorf("POST /user: %+v", created)
+		}
+		for method, want := range map[string]string{"GET": userJSON(u), "HEAD": ""} {
+			a := s.ask(method, "/user", "", cookie(first))
+			if a.status != 200 || a.body != want || a.cookie != nil || a.header.Get("X-User-Id") != u.ID {
+				t.Errorf("%s /user: %+v, want %s, X-User-Id and no cookie", method, a, want)
+			}
+		}
+		a = s.ask("POST", "/user/signin", `{"email":"ADA@example.com ","password":"correct horse"}`)
+		if a.status != 200 || a.body != userJSON(u) || a.cookie == nil || a.cookie.Value == first {
+			t.Fatalf("POST /user/signin: status %d, cookie %v: %s", a.status, a.cookie, a.body)
+		}
+		second := a.cookie.Value
+		s.secret(second)
+		s.want(200, first) // signing in elsewhere does not end other sessions
+		for _, id := range []string{second, second, newUUID(), ""} {
+			a := s.ask("DELETE", "/user/session", "", cookie(id))
+			got, want := a.header.Get("Set-Cookie"), "session-id=; Path=/; Max-Age=0"+attributes
+			if a.status != 204 || a.body != "" || got != want {
+				t.Errorf("DELETE /user/session: status %d, body %q, Set-Cookie: %s", a.status, a.body, got)
+			}
+		}
+		s.want(200, first)
+		if a := s.want(401, second); a.header.Get("X-User-Id") != "" {
+			t.Error("GET /user: 401 with X-User-Id")
+		}
+		if a := s.ask("GET", "/healthz", ""); a.status != 200 || a.body != `{"status":"ok"}` {
+			t.Errorf("GET /healthz: status %d: %s", a.status, a.body)
+		}
+		for msg, user := range map[string]any{"registered": u.ID, "signed in": u.ID, "signed out": nil} {
+			line := s.log.find(t, msg)
+			if n := len(s.log.lines(msg)); n != 1 || line["client"] != "127.0.0.1" || line["user"] != user {
+				t.Errorf("log line %v, %d times, want once, for user %v", line, n, user)
+			}
+		}
+	})
+}
+
+// formWith is a registration that would succeed, with one of its fields changed.
+func formWith(field, value string) string {
+	form := map[string]string{"name": "Ada", "email": newEmail(), "password": password}
+	form[field] = value
+	text, _ := json.Marshal(form)
+	return string(text)
+}
+
+func TestBodiesThatAreRefused(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	s.register("taken@example.com")
+	type refusal struct {
+		body   string
+		path   string // /user where there is none
+		header string
+		status int
+		fields string // of errors
+		detail string
+	}
+	const good = `"name":"Ada","email":"free@example.com","password":"correct horse"`
+	const whole = "{" + good + "}"
+	const all = "email name password"
+	const signIn = "/user/signin"
+	cases := []refusal{
+		{body: whole, header: "Content-Type: ", status: 415},
+		{body: whole, header: "Content-Type: text/plain", status: 415, detail: "application/json"},
+		{body: whole, header: "Content-Encoding: gzip", status: 415, detail: "plain"},
+		{body: whole, header: "Content-Encoding: identity\nContent-Encoding: gzip", status: 415},
+		{body: whole + strings.Repeat(" ", maxBody-len(whole)+1), status: 413},
+		{body: credentials("taken@example.com", "another password"), status: 409},
+		{body: credentials(" TAKEN@example.com", "another password"), status: 409},
+		{path: signIn, body: `{"email":"a@b"}`, status: 400, fields: "password"},
+		{path: signIn, body: `{"email":"","password":"p"}`, status: 400, fields: "email"},
+		{path: signIn, body: `{"email":1,"password":null}`, status: 400, fields: "email password"},
+		{path: signIn, body: credentials("no rule for new accounts holds", "x"), status: 401},
+		{path: signIn, body: credentials(strings.Repeat("x", 300), "x"), status: 401},
+	}
+	for _, body := range []string{` `, `{name:1}`, `{` + good, `[` + whole + `]`, `null`, `"x"`, whole + `{}`, whole + ` x`,
+		"\ufeff\ufeff" + whole, `{` + good + ",\"x\":\"\xff\"}"} {
+		cases = append(cases, refusal{body: body, status: 400, detail: "JSON"})
+	}
+	for _, body := range []string{`{}`, `{"name":null,"email":null,"password":null}`, `{"name":"","email":"","password":""}`,
+		`{"name":1,"email":["a@b"],"password":{}}`, `{"Name":"Ada","EMAIL":"a@b","Password":"correct horse"}`,
+		`{"x":` + strings.Repeat("[", 8000) + strings.Repeat("]", 8000) + `}`} {
+		cases = append(cases, refusal{body: body, status: 400, fields: all})
+	}
+	for field, values := range map[string][]string{
+		"name": {" \t ", strings.Repeat("é", 101), "A\nB", "A\u0085B", "A\x00B", "\u200b", "\u3164", "\u115f\u200d \ufe0f",
+			"A\u202eB", "A\u2066B", "A\u200fB", "A\u061cB"},
+		"email": {"ada", "@example.com", "ada@", "a@b@c", "Ada <a@b>", "a@b,c@d", "a@b\r\nBcc: c@d", "a b@c", `"a"@b`,
+			"a@[b]", "a(x)@b", "a:b@c", "a;b@c", `a\b@c`, "a\x00b@c", "a\u00a0b@c", "a\u200bb@c", "a\u200db@c",
+			"a\u00adb@c", "a\u3164b@c", "a\u202eb@c", "a\ufe0f@c", strings.Repeat("a", 243) + "@example.com"},
+		"password": {"1234567", strings.Repeat("p", 73), strings.Repeat("é", 37), "correct\x00horse"},
+	} {
+		for _, value := range values {
+			cases = append(cases, refusal{body: formWith(field, value), status: 400, fields: field})
+		}
+	}
+	for _, tt := range cases {
+		path := cmp.Or(tt.path, "/user")
+		a := s.ask("POST", path, tt.body, strings.Split(cmp.Or(tt.header, "Accept: */*"), "\n")...)
+		var p problem
+		json.Unmarshal([]byte(a.body), &p)
+		fields := strings.Join(slices.Sorted(maps.Keys(p.Errors)), " ")
+		if a.status != tt.status || fields != tt.fields || !strings.Contains(p.Detail, tt.detail) ||
+			slices.Contains(slices.Collect(maps.Values(p.Errors)), "") {
+			t.Errorf("POST %s %.90q %s: status %d, want %d, %q and errors of %q: %s",
+				path, tt.body, tt.header, a.status, tt.status, tt.detail, tt.fields, a.body)
+		}
+	}
+	if n := query[int](s, `SELECT count(*) FROM users`); n != 1 {
+		t.Errorf("%d accounts, want the first one only", n)
+	}
+}
+
+func TestBodiesThatAreAccepted(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	plain := formWith("name", "Ada")
+	headers := map[string]string{ // by body
+		plain + strings.Repeat(" ", maxBody-len(plain)): "",
+		"\ufeff" + formWith("name", "Ada"):              "",
+		formWith("name", "Identity"):                    "Content-Encoding: Identity",
+		formWith("name", "Charset"):                     "Content-Type: Application/JSON; charset=utf-8",
+		formWith("name", "Malformed"):                   "Content-Type: application/json; charset",
+		strings.Replace(formWith("name", "Ada"), "{", `{"role":["admin"],"n":1e999,"Name":7,`, 1): "",
+	}
+	for field, values := range map[string][]string{
+		"name": {strings.Repeat("é", 100), `<b>&"\`, "李", " Ada\u00a0Lovelace ", "👩\u200d💻", "نیم\u200cفاصله"},
+		"email": {"a..b@docomo.example", "o'brien+tag@sub.example.com", "ÄÖ@exämple.com", " A@b\n",
+			strings.Repeat("a", 242) + "@example.com"},
+		"password": {strings.Repeat("p", 72), strings.Repeat("é", 36), "        ", "pass\nwör", `"\\\\\\"`},
+	} {
+		for _, value := range values {
+			headers[formWith(field, value)] = ""
+		}
+	}
+	for body, header := range headers {
+		a := s.ask("POST", "/user", body, cmp.Or(header, "Accept: */*"))
+		var form struct{ Name, Email any }
+		json.Unmarshal([]byte(strings.TrimPrefix(body, "\ufeff")), &form)
+		var got registration
+		json.Unmarshal([]byte(a.body), &got)
+		wantEmail := strings.ToLower(strings.TrimSpace(form.Email.(string)))
+		if a.status != 201 || got.User.Name != strings.TrimSpace(form.Name.(string)) || got.User.Email != wantEmail {
+			t.Errorf("POST /user %.90s %s: status %d, want 201, trimmed and lower-cased: %s", body, header, a.status, a.body)
+		}
+		if status := s.status("POST", "/user/signin", body); status != 200 {
+			t.Errorf("POST /user/signin %.90s: status %d, want 200", body, status)
+		}
+	}
+}
+
+func TestAnEmailRegistersOnce(t *testing.T) {
+	each(t, func(t *testing.T, backend string) {
+		s := start(t, backend)
+		body := credentials(newEmail(), password)
+		statuses := make([]int, 8)
+		together(8, func(i int) {
+			for try := 0; try < 5 && (try == 0 || statuses[i] == 503); try++ { // this machine may be too busy
+				statuses[i] = s.status("POST", "/user", body)
+			}
+		})
+		slices.Sort(statuses)
+		if !slices.Equal(statuses, []int{201, 409, 409, 409, 409, 409, 409, 409}) {
+			t.Errorf("POST /user, 8 at once: statuses %v, want one 201 and seven 409", statuses)
+		}
+		if n := query[int](s, `SELECT count(*) FROM users`); n != 1 {
+			t.Errorf("%d accounts, want 1", n)
+		}
+		eventually(t, 10*time.Second, "those who lost leave no session behind", func() bool {
+			return backend != "REDIS_URL=" || query[int](s, `SELECT count(*) FROM sessions`) == 1
+		})
+	})
+}
+
+func TestASessionWhoseCreationWasLostIsMadeOnceMoreUnderAnotherID(t *testing.T) {
+	for lost, want := range map[int]int{1: 201, 2: 503} {
+		var ids []string
+		sessions := newHookedSessions()
+		sessions.before = func(_, id string) error {
+			ids = append(ids, id)
+			if len(ids) <= lost {
+				return errLost
+			}
+			return nil
+		}
+		w := serveOne(testServer(openTestDatabase(t), sessions, io.Discard), "POST", "/user", formWith("name", "Ada"))
+		if w.Code != want || len(ids) != 2 || ids[0] == ids[1] || want == 201 && !strings.Contains(w.Body.String(), ids[1]) {
+			t.Errorf("POST /user, %d answers lost: status %d, ids %v, want %d: %s", lost, w.Code, ids, want, w.Body)
+		}
+	}
+}
+
+func TestSigningInReplacesTheSessionOfTheCookie(t *testing.T) {
+	each(t, func(t *testing.T, backend string) {
+		s := start(t, backend)
+		email := newEmail()
+		_, first := s.register(email)
+		second := s.signIn(email, cookie(first))
+		s.want(401, first)
+		s.want(200, second)
+		_, third := s.register(newEmail(), cookie(second))
+		s.want(401, second)
+		fixed := newUUID()
+		s.signIn(email, cookie(fixed))
+		s.want(401, fixed) // a client does not choose its session id
+		for body, want := range map[string]struct{ signIn, register int }{
+			credentials(email, "wrong password"): {signIn: 401, register: 409},
+			credentials(newEmail(), "wrong"):     {signIn: 401, register: 400},
+			`{}`:                                 {signIn: 400, register: 400},
+		} {
+			signIn := s.status("POST", "/user/signin", body, cookie(third))
+			register := s.status("POST", "/user", body, cookie(third))
+			if signIn != want.signIn || register != want.register {
+				t.Errorf("POST %s: status %d and %d, want %+v", body, signIn, register, want)
+			}
+			s.want(200, third) // what is refused ends nothing
+		}
+	})
+}
+
+func TestCookiesFollowTheConfiguration(t *testing.T) {
+	t.Parallel()
+	s := start(t, "COOKIE_SECURE=false", "SESSION_TTL=90s")
+	for route, maxAge := range map[string]string{"POST /user": "90", "DELETE /user/session": "0"} {
+		method, path, _ := strings.Cut(route, " ")
+		a := s.ask(method, path, credentials(newEmail(), password))
+		got, want := a.header.Get("Set-Cookie"), "; Path=/; Max-Age="+maxAge+"; HttpOnly; SameSite=Lax"
+		if !strings.HasSuffix(got, want) {
+			t.Errorf("%s: Set-Cookie: %s, want %s", route, got, want)
+		}
+	}
+	left := time.Until(time.UnixMilli(query[int64](s, `SELECT expires_at FROM sessions`)))
+	if left < 30*time.Second || left > 90*time.Second {
+		t.Errorf("the session ends in %v, want 90 s", left)
+	}
+}
+
+func TestOfSeveralCookiesTheFirstThatIsAUUIDCounts(t *testing.T) {
+	calls := 0
+	sessions := newHookedSessions()
+	sessions.before = func(string, string) error { calls++; return nil }
+	s := testServer(openTestDatabase(t), sessions, io.Discard)
+	id := newUUID()
+	type effect struct{ status, calls int }
+	for want, headers := range map[effect][]string{
+		{200, 1}: {cookie(id), cookie(`"` + id + `"`), cookie("junk; a=b;  session-id=" + id),
+			cookie(id + "; session-id=" + newUUID()), cookie("junk") + "\nCookie: x=y\n" + cookie(id)},
+		{401, 1}: {cookie(newUUID() + "; session-id=" + id)},
+		{401, 0}: {"Accept: */*", "Cookie: Session-Id=" + id + "; xsession-id=" + id, cookie(""), cookie("*"), cookie(id[:35]),
+			cookie(id + "0"), cookie("{" + id[1:]), cookie(strings.Replace(id, "-", "0", 1)), cookie(id[:35] + "g"),
+			cookie(`"` + id), cookie("../../etc/passwd"), cookie(strings.Repeat("a", 8000))},
+	} {
+		for _, header := range headers {
+			for route, status := range map[string]int{"GET /user": want.status, "DELETE /user/session": 204} {
+				sessions.mapSessions.Create(t.Context(), id, testUser(1), time.Hour)
+				calls = 0
+				method, path, _ := strings.Cut(route, " ")
+				w := serveOne(s, method, path, "", strings.Split(header, "\n")...)
+				if w.Code != status || calls != want.calls {
+					t.Errorf("%s %.90q: status %d, the store is asked %d times, want %d, %d",
+						route, header, w.Code, calls, status, want.calls)
+				}
+			}
+		}
+	}
+}
+
+func TestRoutes(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	const userMethods = "GET, HEAD, POST"
+	for route, allow := range map[string]string{
+		"GET / 404": "", "POST / 404": "", "GET /users 404": "", "GET /user// 404": "", "GET //user 404": "",
+		"GET /%75ser 404": "", "GET /user%2F 404": "", "GET /user/../healthz 404": "", "GET /./user 404": "",
+		"GET /user/session/x 404": "", "CONNECT /x 404": "", "GET /debug/vars 404": "",
+		"GET /User 401": "", "GET /user/ 401": "", "GET /USER/?x=1 401": "", "HEAD /user 401": "",
+		"POST /USER/SIGNIN/ 415": "", "DELETE /User/Session/ 204": "", "GET /Healthz/ 200": "", "HEAD /healthz 200": "",
+		"PUT /user 405": userMethods, "DELETE /User/ 405": userMethods, "OPTIONS /user 405": userMethods,
+		"GET /user/signin 405": "POST", "GET /user/session 405": "DELETE", "HEAD /user/session 405": "DELETE",
+		"POST /healthz 405": "GET, HEAD", "BREW /healthz 405": "GET, HEAD",
+	} {
+		part := strings.Fields(route)
+		a := s.ask(part[0], part[1], "")
+		if got := fmt.Sprint(part[0], " ", part[1], " ", a.status); got != route || a.header.Get("Allow") != allow {
+			t.Errorf("got %s, Allow %q, want %s, %q", got, a.header.Get("Allow"), route, allow)
+		}
+	}
+	for target, want := range map[string]int{
+		"OPTIONS *": 404, "GET http://x": 404, "GET http://x/nowhere": 404, "GET http://x/Healthz": 200, "CONNECT x:1": 404,
+	} {
+		conn := s.dialRaw()
+		io.WriteString(conn, target+" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+		if a := readHTTP(t, target, bufio.NewReader(conn)); a.status != want {
+			t.Errorf("%s: status %d, want %d", target, a.status, want)
+		}
+	}
+}
+
+func TestBrowsersOnOtherSitesAreRefused(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	for header, refused := range map[string]bool{
+		"Sec-Fetch-Site: cross-site":   true,
+		"Sec-Fetch-Site: same-site":    true,
+		"Origin: https://evil.example": true,
+		"Origin: null":                 true,
+		"Sec-Fetch-Site: same-origin":  false,
+		"Origin: " + s.url:             false,
+		"User-Agent: curl":             false,
+	} {
+		_, id := s.register(newEmail())
+		if status := s.status("GET", "/user", "", header, cookie(id)); status != 200 {
+			t.Errorf("GET /user %s: status %d, want 200: reading is safe", header, status)
+		}
+		for _, route := range []string{"POST /user", "POST /user/signin", "DELETE /user/session"} {
+			method, path, _ := strings.Cut(route, " ")
+			a := s.ask(method, path, "", header, cookie(id))
+			if (a.status == 403) != refused || refused && !strings.Contains(a.body, "Host") {
+				t.Errorf("%s %s: status %d, want 403 that names Host: %t: %s", route, header, a.status, refused, a.body)
+			}
+		}
+		s.want(map[bool]int{true: 200, false: 401}[refused], id)
+	}
+}
+
+func TestAPanicIsAnswered500AndLogged(t *testing.T) {
+	log := &logBuffer{}
+	w := serveOne(testServer(nil, nil, log), "GET", "/user", "", cookie(newUUID())) // there is no session store
+	checkReply(t, "GET /user", &reply{status: w.Code, header: w.Header(), body: w.Body.String()})
+	line := log.find(t, "request failed")
+	stack, _ := line["err"].(string)
+	if w.Code != 500 || line["path"] != "/user" || !strings.Contains(stack, "handlers.go") {
+		t.Errorf("status %d, log line %v, want 500, the path and the stack", w.Code, line)
+	}
+}
+
+func TestWhatNoPasswordOpens(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	s.expectErrors()
+	empty := hashOf(t, "", bcrypt.MinCost)
+	nuls := strings.Repeat("\x00", 72) // all that bcrypt reads of a password
+	for _, tt := range []struct {
+		hash, given string
+		status      int
+		says        string
+	}{
+		{hash: empty, given: "", status: 400, says: `"errors":{"password":`},
+		{hash: empty, given: "\x00", status: 400, says: `"errors":{"password":`},
+		{hash: empty, given: nuls + "x", status: 400, says: `"errors":{"password":`},
+		{hash: empty, given: nuls[1:] + "x", status: 401},
+		{hash: "", given: password, status: 500},
+		{hash: "plain", given: password, status: 500},
+		{hash: "$argon2id$v=19$m=65536,t=3,p=4$c2FsdA$aGFzaA", given: password, status: 500},
+		{hash: "$9z$10$" + strings.Repeat("u", 53), given: password, status: 500},
+	} {
+		user := s.addAccount(newEmail(), bcrypt.MinCost)
+		s.exec(`UPDATE users SET password = ? WHERE id = ?`, tt.hash, user.ID)
+		a := s.ask("POST", "/user/signin", credentials(user.Email, tt.given))
+		if a.status != tt.status || !strings.Contains(a.body, tt.says) {
+			t.Errorf("hash %.7q, password %.9q: status %d, want %d: %s", tt.hash, tt.given, a.status, tt.status, a.body)
+		}
+		if lines := s.log.lines("request failed"); tt.status == 500 && !strings.Contains(fmt.Sprint(lines), user.ID) {
+			t.Errorf("hash %.7q: log lines %v, want one with the user's id", tt.hash, lines)
+		}
+	}
+}
+
+func TestAnOutageIs503AndLogged(t *testing.T) {
+	email := newEmail()
+	for _, tt := range []struct{ method, path, email, fails string }{
+		{method: "GET", path: "/user", fails: "Get"},
+		{method: "DELETE", path: "/user/session", fails: "Delete"},
+		{method: "POST", path: "/user", email: newEmail(), fails: "Create"},
+		{method: "POST", path: "/user", email: newEmail(), fails: "Delete"},
+		{method: "POST", path: "/user/signin", email: email, fails: "Create"},
+		{method: "POST", path: "/user/signin", email: email, fails: "Delete"},
+	} {
+		for msg, cause := range map[string]error{
+			"store out of reach": unavailable(errors.New("no route to host")),
+			"store refuses":      unavailable(redis.Error("NOPERM, says the host")),
+		} {
+			what := fmt.Sprintf("%s %s, %s at %s", tt.method, tt.path, msg, tt.fails)
+			log := &logBuffer{}
+			sessions := newHookedSessions()
+			s := testServer(openTestDatabase(t), sessions, log)
+			var first registration
+			json.Unmarshal(serveOne(s, "POST", "/user", credentials(email, password)).Body.Bytes(), &first)
+			sessions.fail(tt.fails, cause)
+			w := serveOne(s, tt.method, tt.path, credentials(tt.email, password), cookie(first.SessionID))
+			s.finish(t.Context())
+			checkReply(t, what, &reply{status: w.Code, header: w.Header(), body: w.Body.String()})
+			if w.Code != 503 || w.Header().Get("Set-Cookie") != "" || strings.Contains(w.Body.String(), "host") {
+				t.Errorf("%s: status %d, %v, want 503 and no cookie: %s", what, w.Code, w.Header(), w.Body)
+			}
+			if line := log.find(t, msg); line["level"] != "ERROR" || !strings.Contains(line["err"].(string), "host") {
+				t.Errorf("%s: log line %v", what, line)
+			}
+			if _, lives := sessions.sessions[first.SessionID]; !lives || len(sessions.sessions) != 1 {
+				t.Errorf("%s: sessions %v, want the one of the cookie", what, sessions.sessions)
+			}
+			if err := s.db.EmailTaken(t.Context(), tt.email); err != nil && tt.email != email {
+				t.Errorf("%s: %v, want no account", what, err)
+			}
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Limits on guessing and flooding: the throttle, the gate, clients' addresses, and what bcrypt is spent on.
+
+const (
+	adaEmail      = "ada@example.com"
+	oneAddr       = "198.51.100.7"
+	signInRoute   = "POST /user/signin"
+	registerRoute = "POST /user"
+	wrongPassword = "wrong password"
+)
+
+// bcryptWatch is bcrypt's comparison, and tells what it really did.
+type bcryptWatch struct {
+	comparisons atomic.Int64
+	rounds      atomic.Int64
+	before      func(password string)
+}
+
+func (b *bcryptWatch) compare(hash, password []byte) error {
+	b.before(string(password))
+	err := bcrypt.CompareHashAndPassword(hash, password)
+	if err == nil || errors.Is(err, bcrypt.ErrMismatchedHashAndPassword) {
+		cost, _ := bcrypt.Cost(hash)
+		b.comparisons.Add(1)
+		b.rounds.Add(1 << cost)
+	}
+	return err
+}
+
+// insider is a service whose server is at hand, and which may run in a bubble of virtual time.
+type insider struct {
+	*service
+	server   *server
+	sessions *fragileSessions
+	bcrypt   *bcryptWatch
+}
+
+func newInsider(t testing.TB, bcryptSlots, bcryptCost int) *insider {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "users.db")
+	s := &insider{
+		service:  &service{TB: t, dbPath: path, log: &logBuffer{}},
+		sessions: &fragileSessions{newMapSessions(), func() error { return nil }},
+		bcrypt:   &bcryptWatch{before: func(string) {}},
+	}
+	db, err := openDatabase(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := serverConfig{
+		sessionTTL:     time.Hour,
+		bcryptCost:     bcryptCost,
+		bcryptSlots:    bcryptSlots,
+		trustedProxies: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")},
+		compareHash:    s.bcrypt.compare,
+	}
+	s.server = newServer(cfg, db, s.sessions, slog.New(slog.NewJSONHandler(s.log, nil)))
+	t.Cleanup(func() {
+		s.server.finish(context.Background())
+		db.Close()
+		s.checkLog()
+	})
+	return s
+}
+
+// virtually runs a subtest in virtual time.
+func virtually(t *testing.T, name string, bcryptSlots int, test func(s *insider)) {
+	t.Helper()
+	t.Run(name, func(t *testing.T) {
+		t.Parallel()
+		synctest.Test(t, func(t *testing.T) { test(newInsider(t, bcryptSlots, bcrypt.MinCost)) })
+	})
+}
+
+// request asks without a network. The client is an address that a trusted proxy names, or "peer" and one that
+// none does.
+func (s *insider) request(
+	ctx context.Context, client, route, email, password string, header ...string,
+) *reply {
+	s.Helper()
+	method, path, _ := strings.Cut(route, " ")
+	r := httptest.NewRequestWithContext(ctx, method, path, strings.NewReader(credentials(email, password)))
+	r.Header.Set("Content-Type", "application/json")
+	if peer, isPeer := strings.CutPrefix(client, "peer "); isPeer {
+		r.RemoteAddr = net.JoinHostPort(peer, "5")
+	} else {
+		r.RemoteAddr = "127.0.0.9:5"
+		header = append(header, from(client))
+	}
+	for _, h := range header {
+		name, value, _ := strings.Cut(h, ": ")
+		r.Header.Add(name, value)
+	}
+	w := httptest.NewRecorder()
+	s.server.ServeHTTP(w, r)
+	a := &reply{status: w.Code, header: w.Header(), body: w.Body.String()}
+	checkReply(s, route, a)
+	return a
+}
+
+// wantSignIn signs in as client oneAddr.
+func (s *insider) wantSignIn(status int, email, password string) {
+	s.Helper()
+	if a := s.request(s.Context(), oneAddr, signInRoute, email, password); a.status != status {
+		s.Errorf("%s %s, %s: status %d, want %d", signInRoute, email, password, a.status, status)
+	}
+}
+
+// numbered returns text with n for each #.
+func numbered(text string, n int) string { return strings.ReplaceAll(text, "#", strconv.Itoa(n)) }
+
+// failures are counted as if client oneAddr had made them before. In account # is the number of the failure.
+func (s *insider) failures(n int, account string) {
+	for i := range n {
+		try := s.server.throttle.signIn(numbered(account, i), clientAt(oneAddr))
+		try.begin(s.Context())
+		try.charge()
+	}
+}
+
+func clientAt(addr string) client { return client{addr: netip.MustParseAddr(addr), named: true} }
+
+// fragileSessions have their trouble once a session is made, and heed a client that leaves.
+type fragileSessions struct {
+	*mapSessions
+	trouble func() error
+}
+
+func (f *fragileSessions) Create(ctx context.Context, id string, user User, ttl time.Duration) error {
+	f.mapSessions.Create(ctx, id, user, ttl)
+	return f.trouble()
+}
+
+func (f *fragileSessions) Delete(ctx context.Context, id string) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return f.mapSessions.Delete(ctx, id)
+}
+
+// occupy takes every slot for bcrypt, and returns what gives them back.
+func occupy(g *gate) (leave func()) {
+	var places []*place
+	for range g.slots {
+		places = append(places, g.enterIfIdle())
+	}
+	return func() {
+		for _, p := range places {
+			p.leave()
+		}
+	}
+}
+
+// wantGate checks how many bcrypts run and wait, and that nothing is left where none does.
+func wantGate(t testing.TB, g *gate, running, waiting int) {
+	t.Helper()
+	r, w := g.load()
+	if r != running || w != waiting || w == 0 && len(g.lines)+len(g.turns) > 0 {
+		t.Errorf("%d bcrypts run and %d wait, want %d and %d; lines %v, turns %v",
+			r, w, running, waiting, g.lines, g.turns)
+	}
+}
+
+// tries are sign-ins or registrations one after the other. In client and email # is the number of the try.
+type tries struct {
+	after                          time.Duration // that passes before
+	client, route, email, password string        // route "": signInRoute; password "": a wrong one
+	n, admitted                    int           // how many there are, and how many are not 429
+	status                         int           // of those that are admitted; 0: 401
+}
+
+func TestEachLimitInVirtualTime(t *testing.T) {
+	t.Parallel()
+	const ada, one, far, away = adaEmail, oneAddr, "203.0.113.#", "192.0.2.#"
+	const second, minute = time.Second, time.Minute
+	for _, tt := range []struct {
+		promise string
+		steps   []tries
+	}{
+		{"one email from one network: 10, then one a minute", []tries{
+			{n: 13, client: one, email: ada, admitted: 10},
+			{n: 1, client: one, email: ada, password: password},
+			{n: 1, client: one, email: " ADA@Example.com"},
+			{n: 1, client: one, email: "#@example.com", admitted: 1},
+			{n: 1, client: far, email: ada, admitted: 1},
+			{after: minute - second, n: 1, client: one, email: ada},
+			{after: second, n: 2, client: one, email: ada, admitted: 1},
+			{after: time.Hour, n: 11, client: one, email: ada, admitted: 10},
+		}},
+		{"also for an email that nobody has, and in all its forms", []tries{
+			{n: 7, client: one, email: " Nobody@example.COM", admitted: 7},
+			{n: 4, client: one, email: "NOBODY@example.com\t", admitted: 3},
+		}},
+		{"an IPv6 /64 is one client", []tries{
+			{n: 11, client: "2001:db8:0:1::#", email: ada, admitted: 10},
+			{n: 11, client: "2001:db8:0:2:#::1", email: ada, admitted: 10},
+			{n: 1, client: "::ffff:" + one, email: ada, admitted: 1},
+			{n: 10, client: one, email: ada, admitted: 9},
+		}},
+		{"a success clears the first count, and not the third", append(slices.Repeat([]tries{
+			{n: 9, client: one, email: ada, admitted: 9},
+			{n: 1, client: one, email: ada, password: password, admitted: 1, status: 200},
+		}, 11), tries{n: 2, client: one, email: ada, admitted: 1})},
+		{"one email from everywhere: 100, then ten a minute, but not where it has signed in or registered", []tries{
+			{n: 1, client: one, email: " ADA@example.com ", password: password, admitted: 1, status: 200},
+			{n: 99, client: far, email: ada, admitted: 99},
+			{n: 1, client: one, email: ada, password: password, admitted: 1, status: 200}, // clears not this
+			{n: 3, client: away, email: ada, admitted: 1},
+			{n: 1, client: away, email: ada, password: password},
+			{n: 11, client: one, email: ada, admitted: 10},
+			{after: minute, n: 13, client: away, email: ada, admitted: 10},
+			{n: 1, client: one, route: registerRoute, email: " New@X.com", password: password, admitted: 1, status: 201},
+			{n: 101, client: far, email: "new@x.com", admitted: 100},
+			{n: 1, client: one, email: "new@x.com", password: password, admitted: 1, status: 200},
+			{n: 1, client: away, email: "new@x.com", password: password},
+		}},
+		{"one network: 100 failures and registrations, then ten a minute", []tries{
+			{n: 90, client: one, email: "#@example.com", admitted: 90},
+			{n: 3, client: one, email: ada, password: password, admitted: 3, status: 200},
+			{n: 5, client: one, route: registerRoute, email: "#@x.com", password: password, admitted: 5, status: 201},
+			{n: 20, client: one, route: registerRoute, email: "#@x.com", password: "x", admitted: 20, status: 400},
+			{n: 20, client: one, email: "", admitted: 20, status: 400},
+			{n: 7, client: one, route: registerRoute, email: ada, password: password, admitted: 5, status: 409},
+			{n: 1, client: one, email: ada, password: password},
+			{n: 1, client: far, email: ada, password: password, admitted: 1, status: 200},
+			{after: minute, n: 12, client: one, email: "#@example.com", admitted: 10},
+		}},
+		{"a private client that a proxy named, a public one that none did, and peers spared the third limit", []tries{
+			{n: 102, client: "10.1.2.3", email: "#@example.com", admitted: 100},
+			{n: 102, client: "peer 203.0.113.9", email: "#@example.com", admitted: 100},
+			{n: 101, client: "peer 10.1.2.4", email: "#@example.com", admitted: 101},
+			{n: 101, client: "peer ::1", email: "#@example.com", admitted: 101},
+			{n: 11, client: "peer 10.1.2.4", email: ada, admitted: 10},
+		}},
+	} {
+		virtually(t, tt.promise, 1, func(s *insider) { s.wantLimit(tt.steps) })
+	}
+}
+
+func (s *insider) wantLimit(steps []tries) {
+	s.addAccount(adaEmail, bcrypt.MinCost)
+	number := 0
+	compared := 0
+	try := func(step tries) *reply {
+		number++
+		route := cmp.Or(step.route, signInRoute)
+		email := numbered(step.email, number)
+		a := s.request(s.Context(), numbered(step.client, number), route, email, cmp.Or(step.password, wrongPassword))
+		if a.status == 200 || a.status == 401 {
+			compared++
+		}
+		return a
+	}
+	for i, step := range steps {
+		time.Sleep(step.after)
+		for n := range step.n {
+			want := cmp.Or(step.status, 401)
+			if n >= step.admitted {
+				want = 429
+			}
+			if a := try(step); a.status != want {
+				s.Fatalf("step %d, try %d of %+v: status %d, want %d", i+1, n+1, step, a.status, want)
+			}
+		}
+	}
+	step := steps[len(steps)-1] // has ended with 429, whose Retry-After tells when the next try counts
+	time.Sleep(time.Second / 2)
+	seconds, _ := strconv.Atoi(try(step).header.Get("Retry-After"))
+	time.Sleep(time.Duration(seconds-1) * time.Second)
+	early := try(step).status
+	time.Sleep(time.Second)
+	if inTime := try(step).status; early != 429 || inTime == 429 || seconds > 60 {
+		s.Errorf("Retry-After %d: status %d a second before, %d then", seconds, early, inTime)
+	}
+	if n := int(s.bcrypt.comparisons.Load()); n != compared {
+		s.Errorf("%d comparisons for %d sign-ins: one that is refused costs none", n, compared)
+	}
+}
+
+func TestTriesAtTheSameMomentWaitForEachOther(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name                   string
+		failures               int // before
+		route, email, password string
+		want                   map[int]int
+	}{
+		{"right passwords", 0, signInRoute, adaEmail, password, map[int]int{200: 64}},
+		{"right passwords after 9 failures", 9, signInRoute, adaEmail, password, map[int]int{200: 64}},
+		{"wrong passwords", 0, signInRoute, adaEmail, wrongPassword, map[int]int{401: 10, 429: 54}},
+		{"ever new emails", 90, signInRoute, "#@example.com", wrongPassword, map[int]int{401: 10, 429: 54}},
+		{"registrations", 90, registerRoute, "#@example.com", password, map[int]int{201: 10, 429: 54}},
+		{"of one email", 98, registerRoute, "x@example.com", password, map[int]int{201: 1, 409: 1, 429: 62}},
+	} {
+		virtually(t, tt.name, 32, func(s *insider) {
+			account := s.addAccount(adaEmail, bcrypt.MinCost).ID
+			if tt.email != adaEmail {
+				account = "#"
+			}
+			s.failures(tt.failures, account)
+			s.bcrypt.before = func(string) { time.Sleep(250 * time.Millisecond) }
+			var got [64]int
+			together(len(got), func(i int) {
+				got[i] = s.request(s.Context(), oneAddr, tt.route, numbered(tt.email, i), tt.password).status
+			})
+			statuses := map[int]int{}
+			for _, status := range got {
+				statuses[status]++
+			}
+			compared := int(s.bcrypt.comparisons.Load())
+			if !maps.Equal(statuses, tt.want) || compared != tt.want[200]+tt.want[401] {
+				s.Errorf("64 %s at once: statuses %v and %d comparisons, want %v", tt.route, statuses, compared, tt.want)
+			}
+			wantGate(s, s.server.gate, 0, 0)
+		})
+	}
+}
+
+func TestATryWithoutAVerdictCountsNothing(t *testing.T) {
+	t.Parallel()
+	busy := func(s *insider) { occupy(s.server.gate) }
+	noSessions := func(s *insider) { s.sessions.trouble = func() error { return errUnavailable } }
+	brokenFile := func(s *insider) {
+		s.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
+		os.WriteFile(s.dbPath, slices.Repeat([]byte("no database "), 1000), 0o600)
+	}
+	for _, tt := range []struct {
+		name, route string
+		spoil       func(s *insider)
+		patience    time.Duration // of the client
+	}{
+		{"sign-in too busy", signInRoute, busy, time.Hour},
+		{"sign-in whose client leaves", signInRoute, busy, time.Second},
+		{"sign-in without accounts", signInRoute, brokenFile, time.Hour},
+		{"registration too busy", registerRoute, busy, time.Hour},
+		{"registration whose client leaves", registerRoute, busy, time.Second},
+		{"registration without accounts", registerRoute, brokenFile, time.Hour},
+		{"registration without sessions", registerRoute, noSessions, time.Hour},
+	} {
+		virtually(t, tt.name, 1, func(s *insider) {
+			s.expectErrors()
+			tt.spoil(s)
+			for range 50 {
+				ctx, cancel := context.WithCancel(s.Context())
+				time.AfterFunc(tt.patience, cancel)
+				if a := s.request(ctx, oneAddr, tt.route, newEmail(), password); a.status != 503 {
+					s.Fatalf("%s: status %d, want 503", tt.route, a.status)
+				}
+			}
+			if n := len(s.server.throttle.counts); n > 0 {
+				s.Errorf("%s: the throttle keeps %d counts, want none", tt.route, n)
+			}
+		})
+	}
+}
+
+func TestTheThrottleStoresLittle(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		th := newThrottle()
+		far := func(i int) client { return clientAt(fmt.Sprintf("20.%d.%d.%d", i>>16, i>>8&255, i&255)) }
+		most := 0
+		fail := func(account string, c client) (refused bool) {
+			try := th.signIn(account, c)
+			refused = try.begin(t.Context()) != nil
+			try.charge()
+			most = max(most, len(th.counts))
+			return refused
+		}
+		th.signIn("looked at", clientAt(oneAddr)).wait()
+		for range 100 {
+			fail("guessed", clientAt(oneAddr))
+		}
+		if len(th.counts) != 3 {
+			t.Errorf("%d counts after a look, ten failures, and tries that were refused, want 3", len(th.counts))
+		}
+		running := th.signIn("running", clientAt(oneAddr))
+		running.begin(t.Context())
+		for i := range maxCounts {
+			switch i {
+			case maxCounts / 4:
+				time.Sleep(time.Minute) // the counts so far are empty now
+				for guess := range 500 {
+					fail(fmt.Sprint("guessed", guess/10), far(maxCounts+guess/10))
+				}
+			case maxCounts / 2:
+				for guess := range 50 {
+					if !fail(fmt.Sprint("guessed", guess), far(maxCounts+guess)) {
+						t.Fatal("a full count was forgotten where empty ones could have been")
+					}
+				}
+			}
+			fail(strconv.Itoa(i), far(i))
+		}
+		running.charge() // was not forgotten, or this would panic
+		for i := range maxKnown + 1000 {
+			th.remember(strconv.Itoa(i), clientAt(oneAddr))
+		}
+		if most < maxCounts*3/4 || most > maxCounts || len(th.known) < maxKnown/2 || len(th.known) > maxKnown {
+			t.Errorf("%d counts and %d known networks, want up to %d and %d", most, len(th.known), maxCounts, maxKnown)
+		}
+	})
+}
+
+func TestTheQueueForBcryptIsBounded(t *testing.T) {
+	t.Parallel()
+	virtually(t, "2 slots", 2, func(s *insider) {
+		const atOnce, left, inTime = "Retry-After 10, after 0s", "Retry-After 2, after 0s", "Retry-After 10, after 5s"
+		leave := occupy(s.server.gate)
+		var mu sync.Mutex
+		refused := map[string]int{}
+		ask := func(ctx context.Context, n int, networks ...string) {
+			for i := range n * len(networks) {
+				go func() {
+					begin := time.Now()
+					route := []string{signInRoute, registerRoute}[i%2]
+					a := s.request(ctx, networks[i%len(networks)]+"::1", route, newEmail(), wrongPassword)
+					mu.Lock()
+					defer mu.Unlock()
+					refused[fmt.Sprintf("Retry-After %s, after %v", a.header.Get("Retry-After"), time.Since(begin))]++
+				}()
+			}
+		}
+		ctx, hangUp := context.WithCancel(s.Context())
+		others := []string{"2:2:2:2", "3:3:3:3", "4:4:4:4"}
+		fifth := func() { ask(s.Context(), 1, "5:5:5:5") }
+		for _, tt := range []struct {
+			what    string
+			do      func()
+			waiting int
+			refused map[string]int
+		}{
+			{"70 of one network", func() { ask(ctx, 70, "1:1:1:1") }, 64, map[string]int{atOnce: 6}},
+			{"70 of each of three others", func() { ask(s.Context(), 70, others...) }, 256, map[string]int{atOnce: 24}},
+			{"a fifth", fifth, 256, map[string]int{atOnce: 25}},
+			{"the first one's clients leave", hangUp, 192, map[string]int{atOnce: 25, left: 64}},
+			{"the fifth again", fifth, 193, map[string]int{atOnce: 25, left: 64}},
+			{"patience is over", func() { time.Sleep(queuePatience) }, 0, map[string]int{atOnce: 25, left: 64, inTime: 193}},
+		} {
+			tt.do()
+			synctest.Wait()
+			wantGate(s, s.server.gate, 2, tt.waiting)
+			mu.Lock()
+			if !maps.Equal(refused, tt.refused) {
+				s.Errorf("%s: refused %v, want %v", tt.what, refused, tt.refused)
+			}
+			mu.Unlock()
+		}
+		leave()
+		wantGate(s, s.server.gate, 0, 0)
+		if n := s.bcrypt.comparisons.Load(); n > 0 {
+			s.Errorf("%d comparisons for those who left or gave up", n)
+		}
+	})
+}
+
+// Attackers whose lines are full cost another network one bcrypt each.
+func TestNoNetworkWaitsForAnothersLine(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		route                  string
+		slots, attackers, each int
+	}{
+		{route: signInRoute, slots: 1, attackers: 1, each: maxLine},
+		{route: registerRoute, slots: 1, attackers: 1, each: maxLine},
+		{route: signInRoute, slots: 2, attackers: 3, each: maxLine},
+		{route: signInRoute, slots: 4, attackers: 20, each: 12},
+	} {
+		virtually(t, fmt.Sprintf("%+v", tt), tt.slots, func(s *insider) {
+			s.addAccount(adaEmail, bcrypt.MinCost)
+			ahead := 0 // of the victim
+			s.bcrypt.before = func(text string) {
+				if text == password {
+					_, behind := s.server.gate.load()
+					ahead = tt.attackers*tt.each - behind
+				}
+				time.Sleep(250 * time.Millisecond)
+			}
+			leave := occupy(s.server.gate)
+			var asked sync.WaitGroup
+			for i := range tt.attackers * tt.each {
+				client := fmt.Sprintf("203.0.113.%d", i%tt.attackers)
+				asked.Go(func() { s.request(s.Context(), client, tt.route, newEmail(), wrongPassword) })
+			}
+			synctest.Wait()
+			asked.Go(func() { s.wantSignIn(200, adaEmail, password) })
+			synctest.Wait()
+			leave()
+			asked.Wait()
+			if ahead > tt.attackers+tt.slots {
+				s.Errorf("%d of the attackers' came before the victim, want one of each", ahead)
+			}
+		})
+	}
+}
+
+func TestNoSlotLeaksWhereClientsLeave(t *testing.T) {
+	t.Parallel()
+	g := newGate(3)
+	together(24, func(worker int) {
+		for range rounds(1000, 100_000) {
+			p, err := g.enter(clientAt(fmt.Sprintf("198.51.100.%d", worker%7)).network())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(rand.N(20*time.Microsecond), cancel)
+			if p.wait(ctx) == nil {
+				if running, _ := g.load(); running > 3 {
+					t.Errorf("%d bcrypts at a time, want at most 3", running)
+				}
+				<-ctx.Done()
+			}
+			p.leave()
+		}
+	})
+	wantGate(t, g, 0, 0)
+}
+
+func TestWhatClientsRepeatIsLoggedOnceASecond(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		msg, route string
+		status     int
+		client     any
+		trouble    error // of the sessions
+	}{
+		{"throttled", signInRoute, 429, oneAddr, nil},
+		{"too busy", registerRoute, 503, oneAddr, nil},
+		{"store out of reach", registerRoute, 503, nil, errUnavailable},
+		{"store refuses", registerRoute, 503, nil, errRefused},
+	} {
+		virtually(t, tt.msg, 1, func(s *insider) {
+			s.expectErrors()
+			s.sessions.trouble = func() error { return tt.trouble }
+			s.failures(10, adaEmail)
+			if tt.msg == "too busy" {
+				for range maxLine {
+					s.server.gate.enter(clientAt(oneAddr).network())
+				}
+			}
+			for i := range 101 {
+				if i == 100 {
+					time.Sleep(10 * time.Second) // what follows a pause is logged at once
+				}
+				if a := s.request(s.Context(), oneAddr, tt.route, adaEmail, password); a.status != tt.status {
+					s.Fatalf("%s: status %d, want %d", tt.route, a.status, tt.status)
+				}
+				time.Sleep(70 * time.Millisecond)
+			}
+			lines := s.log.lines(tt.msg)
+			if n := eventsOf(lines); n != 101 || len(lines) != 9 || lines[8]["client"] != tt.client {
+				s.Errorf("%d lines stand for %v events of client %v, want 9 for 101:\n%s", len(lines), n, tt.client, s.log)
+			}
+		})
+	}
+}
+
+// eventsOf returns how many events log lines stand for.
+func eventsOf(lines []map[string]any) (n float64) {
+	for _, line := range lines {
+		n += line["count"].(float64)
+	}
+	return n
+}
+
+func TestGuessingOverHTTP(t *testing.T) {
+	t.Parallel()
+	s := start(t, trustLocal)
+	user := s.addAccount(newEmail(), bcrypt.MinCost)
+	open := s.signIn(user.Email, from(oneAddr)) // as may be behind one address
+	for i := range 12 {
+		status := s.status("POST", "/user/signin", credentials(user.Email, wrongPassword), from(oneAddr))
+		if want := []int{401, 429}[i/10]; status != want {
+			t.Errorf("guess %d: status %d, want %d", i+1, status, want)
+		}
+	}
+	s.signIn(user.Email, from("203.0.113.5"))
+	s.want(200, open) // what is open stays so
+	if status := s.status("DELETE", "/user/session", "", cookie(open), from(oneAddr)); status != 204 {
+		t.Errorf("DELETE /user/session: status %d, want 204", status)
+	}
+	s.stop() // logs what it has kept back
+	if n := eventsOf(s.log.lines("throttled")); n != 2 {
+		t.Errorf("the log counts %v events, want 2:\n%s", n, s.log)
+	}
+	if line := s.log.find(t, "sign-in refused"); line["client"] != oneAddr || line["user"] != user.ID {
+		t.Errorf("log line %v, want user and client", line)
+	}
+}
+
+func TestClientAddress(t *testing.T) {
+	const tens, peer = "10.0.0.0/8", "10.1.2.3:5"
+	for _, tt := range []struct {
+		proxies, peer string
+		forwarded     []string
+		want          string
+		named         bool
+	}{
+		{"", "192.0.2.1:5", []string{"198.51.100.7"}, "192.0.2.1", false}, // nobody is trusted
+		{tens, "192.0.2.1:5", []string{"198.51.100.7"}, "192.0.2.1", false},
+		{tens, peer, nil, "10.1.2.3", false},
+		{tens, peer, []string{"198.51.100.7"}, "198.51.100.7", true},
+		{tens, "[::ffff:10.1.2.3]:5", []string{"::ffff:198.51.100.7"}, "198.51.100.7", true},
+		{"::ffff:10.0.0.0/104", peer, []string{"198.51.100.7"}, "198.51.100.7", true},
+		{"fe80::/10", "[fe80::1%eth0]:5", []string{"203.0.113.9"}, "203.0.113.9", true},
+		// What a client claims of itself is further left.
+		{tens, peer, []string{"203.0.113.9", "203.0.113.8, 198.51.100.7"}, "198.51.100.7", true},
+		{tens + ", fd00::/8", peer, []string{"10.4.4.4,2001:db8::1, fd00::1,10.9.9.9"}, "2001:db8::1", true},
+		{tens, peer, []string{"10.2.2.2,10.3.3.3"}, "10.2.2.2", true},
+		{tens, peer, []string{"203.0.113.9, junk"}, "10.1.2.3", false},
+		{tens, peer, []string{"junk, 203.0.113.9"}, "203.0.113.9", true},
+		{tens, peer, []string{""}, "10.1.2.3", false},
+		{tens, peer, []string{"198.51.100.7, 203.0.113.5:4711 , 10.2.2.2:80"}, "203.0.113.5", true},
+		{tens, peer, []string{"[2001:db8::5]"}, "2001:db8::5", true},
+		{tens, peer, []string{`"[2001:db8::5]:4711"`}, "2001:db8::5", true},
+	} {
+		env := map[string]string{"TRUSTED_PROXIES": tt.proxies}
+		cfg, err := loadConfig(func(name string) string { return env[name] })
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := newServer(cfg.server, nil, nil, slog.New(slog.DiscardHandler))
+		got := s.clientOf(&http.Request{RemoteAddr: tt.peer, Header: http.Header{"X-Forwarded-For": tt.forwarded}})
+		if got.addr.String() != tt.want || got.named != tt.named {
+			t.Errorf("peer %s, X-Forwarded-For %q, trusted %q: %s, named %v, want %s, %v",
+				tt.peer, tt.forwarded, tt.proxies, got.addr, got.named, tt.want, tt.named)
+		}
+	}
+}
+
+func TestAProxyThatNobodyTrustsIsWarnedOfOnce(t *testing.T) {
+	t.Parallel()
+	const peer, forwarded = "peer 10.1.2.3", "X-Forwarded-For: 203.0.113.5"
+	for _, first := range []string{registerRoute, signInRoute} {
+		s := newInsider(t, 1, bcrypt.MinCost)
+		session := newUUID()
+		s.sessions.Create(t.Context(), session, testUser(1), time.Hour)
+		for _, tt := range []struct {
+			client, route, header string
+			warnings              int // so far
+		}{
+			{peer, "GET /user", forwarded, 0},
+			{peer, "DELETE /user/session", forwarded, 0},
+			{peer, "GET /healthz", forwarded, 0},
+			{peer, first, "Accept: */*", 0},
+			{oneAddr, first, "Accept: */*", 0},
+			{"junk", first, "Accept: */*", 0}, // says the trusted proxy
+			{peer, first, forwarded, 1},
+			{"peer 203.0.113.9", first, forwarded, 1},
+		} {
+			s.request(t.Context(), tt.client, tt.route, newEmail(), wrongPassword, cookie(session), tt.header)
+			if n := strings.Count(s.log.String(), `"level":"WARN"`); n != tt.warnings {
+				t.Errorf("after %s of %s: %d warnings, want %d:\n%s", tt.route, tt.client, n, tt.warnings, s.log)
+			}
+		}
+		_, line, _ := strings.Cut(s.log.String(), `"level":"WARN"`)
+		line, _, _ = strings.Cut(line, "\n")
+		if !strings.Contains(line, "TRUSTED_PROXIES") || !strings.Contains(line, `"client":"10.1.2.3"`) {
+			t.Errorf("the warning names neither TRUSTED_PROXIES nor the peer: %s", line)
+		}
+	}
+}
+
+func TestUnknownEmailAndWrongPasswordCostTheSame(t *testing.T) {
+	t.Parallel()
+	const cost = 7
+	s := newInsider(t, 1, cost)
+	emails := []string{"unknown@example.com", "no address"}
+	for stored := bcrypt.MinCost; stored <= cost; stored++ {
+		emails = append(emails, s.addAccount(newEmail(), stored).Email)
+	}
+	const body = `{"title":"Unauthorized","status":401,"detail":"The email or the password is wrong."}`
+	for i, email := range emails {
+		for _, text := range []string{wrongPassword, "x", strings.Repeat("x", 92)} {
+			before := s.bcrypt.rounds.Load()
+			a := s.request(t.Context(), oneAddr, signInRoute, email, text)
+			if spent := s.bcrypt.rounds.Load() - before; a.status != 401 || a.body != body || spent != 1<<cost {
+				t.Errorf("%s %s (email %d), %s: status %d, %d rounds of bcrypt, want 401 and %d: %s",
+					signInRoute, email, i, text, a.status, spent, 1<<cost, a.body)
+			}
+		}
+	}
+}
+
+func TestWeakHashesAreStoredAnew(t *testing.T) {
+	t.Parallel()
+	s := newInsider(t, 1, 6) // its sessions live elsewhere than its accounts
+	stored := func(email string) string {
+		s.server.finish(t.Context())
+		return query[string](s.service, `SELECT password FROM users WHERE email = ?`, email)
+	}
+	for _, tt := range []struct {
+		prefix, password string
+		cost             int
+		anew             bool
+	}{
+		{"$2a$", password, 4, true},
+		{"$2b$", password, 5, true},
+		{"$2y$", "short", 4, true},
+		{"$2a$", strings.Repeat("x", 72) + "20 more bytes of it.", 4, true},
+		{"$2b$", password, 6, false},
+		{"$2y$", password, 7, false},
+	} {
+		email := s.addAccount(newEmail(), bcrypt.MinCost).Email
+		old := tt.prefix + hashOf(t, tt.password[:min(72, len(tt.password))], tt.cost)[len(tt.prefix):]
+		s.exec(`UPDATE users SET password = ? WHERE email = ?`, old, email)
+		s.wantSignIn(200, email, tt.password)
+		hash := stored(email)
+		if anew := hash != old; anew != tt.anew || anew && hash[4:6] != "06" {
+			t.Errorf("%s became %s, want it stored anew at cost 6: %v", old, hash, tt.anew)
+		}
+		s.wantSignIn(200, email, tt.password)
+	}
+
+	// While somebody waits for bcrypt, none is spent on that.
+	email := s.addAccount(newEmail(), bcrypt.MinCost).Email
+	place, _ := s.server.gate.enter(netip.Prefix{})
+	s.wantSignIn(200, email, password)
+	if hash := stored(email); hash[4:6] != "04" {
+		t.Errorf("a hash was stored anew, as %s, although somebody waited for bcrypt", hash)
+	}
+	place.leave()
+
+	// Nor is a lock on the file waited for.
+	other := openSQL(t, s.dbPath)
+	defer other.Close()
+	lock, err := other.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	lock.Exec(`DELETE FROM users WHERE email = ''`)
+	const trouble = "password hash not upgraded" // once SQLite gives up on the lock
+	s.wantSignIn(200, email, password)
+	if len(s.log.lines(trouble)) > 0 {
+		t.Error("a sign-in waited for the lock on the file")
+	}
+	s.log.find(t, trouble)
+	lock.Rollback()
+	s.wantSignIn(200, email, password)
+	if hash := stored(email); hash[4:6] != "06" {
+		t.Errorf("the next sign-in left %s, want cost 6", hash)
+	}
+}
+
+func TestWhatAClientThatLeftAskedForLeavesNoHalves(t *testing.T) {
+	t.Parallel()
+	old := newUUID()
+	for _, tt := range []struct {
+		name, route, cookie string
+		hasRival            bool // who registers meanwhile
+		sessions            int  // new ones
+		next                int  // status of a failure after it and 99 others: whether it counts
+	}{
+		{name: "a registration", route: registerRoute, sessions: 1, next: 429},
+		{name: "a registration that loses the race", route: registerRoute, hasRival: true, next: 429},
+		{name: "a sign-in that cannot end the old session", route: signInRoute, cookie: cookie(old), next: 401},
+	} {
+		virtually(t, tt.name, 1, func(s *insider) {
+			s.failures(99, "#")
+			s.sessions.Create(s.Context(), old, testUser(1), time.Hour)
+			if tt.route == signInRoute {
+				s.addAccount(adaEmail, bcrypt.MinCost)
+			}
+			ctx, hangUp := context.WithCancel(s.Context())
+			s.sessions.trouble = func() error {
+				if tt.hasRival {
+					s.addAccount(adaEmail, bcrypt.MinCost)
+				}
+				hangUp()
+				return nil
+			}
+			a := s.request(ctx, oneAddr, tt.route, adaEmail, password, tt.cookie)
+			s.server.finish(s.Context())
+			accounts := query[int](s.service, `SELECT count(*) FROM users`)
+			if sessions := len(s.sessions.sessions) - 1; accounts != 1 || sessions != tt.sessions {
+				s.Errorf("status %d, %d accounts and %d new sessions, want 1 and %d",
+					a.status, accounts, sessions, tt.sessions)
+			}
+			s.wantSignIn(tt.next, newEmail(), wrongPassword)
+		})
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------
+// session.go: what every session backend promises.
+
+func TestSessionStores(t *testing.T) {
+	t.Parallel()
+	t.Run("map", func(t *testing.T) { testSessionStore(t, newMapSessions()) })
+	t.Run("sqlite", func(t *testing.T) { testSessionStore(t, &sqliteSessions{openTestDatabase(t)}) })
+	t.Run("redis", func(t *testing.T) { testSessionStore(t, openRedisSessions(t, redisURL(t))) })
+}
+
+// testSessionStore is what every session backend has to pass.
+func testSessionStore(t *testing.T, store SessionStore) {
+	ctx := t.Context()
+	create := func(user User, ttl time.Duration) string {
+		id := newUUID()
+		err := store.Create(ctx, id, user, ttl)
+		for errors.Is(err, errUnavailable) { // a slow disk may not take all of them in time
+			err = store.Create(ctx, id, user, ttl)
+		}
+		if err != nil {
+			t.Errorf("Create: %v", err)
+		}
+		return id
+	}
+	remove := func(id string) {
+		if err := store.Delete(ctx, id); err != nil {
+			t.Errorf("Delete: %v", err)
+		}
+	}
+	some := func(id string, user User) {
+		t.Helper()
+		if got, err := store.Get(ctx, id); got != user || err != nil {
+			t.Errorf("Get: %v, %v, want %v", got, err, user)
+		}
+	}
+	none := func(id string) {
+		t.Helper()
+		user, err := store.Get(ctx, id)
+		if !errors.Is(err, errNoSession) || errors.Is(err, errUnavailable) || user != (User{}) {
+			t.Errorf("Get: %v, %v, want errNoSession", user, err)
+		}
+		if err := store.Delete(ctx, id); !errors.Is(err, errNoSession) || errors.Is(err, errUnavailable) {
+			t.Errorf("Delete: %v, want errNoSession", err)
+		}
+	}
+	if err := store.Ping(ctx); err != nil {
+		t.Errorf("Ping: %v", err)
+	}
+	none(newUUID())
+	user := testUser(1)
+	id, other := create(user, time.Hour), create(user, time.Hour)
+	some(id, user)
+	some(id, user)
+	remove(id)
+	none(id)
+	some(other, user)
+
+	strange := testUser(1)
+	strange.Name = "李 \r\n$5\r\n*1\x00\xff\"'"
+	strange.Email = strings.Repeat("x", 5000)
+	some(create(strange, time.Hour), strange)
+
+	short := create(user, time.Second)
+	eventually(t, 10*time.Second, "the session ends", func() bool {
+		_, err := store.Get(ctx, short)
+		return errors.Is(err, errNoSession)
+	})
+	none(short)
+	create(user, time.Hour) // SQLite sweeps then
+	none(short)
+
+	together(200, func(i int) { // each gets its own
+		user := testUser(i)
+		id := create(user, time.Hour)
+		for range 10 {
+			some(id, user)
+		}
+	})
+	for range 20 { // deleted while it is read
+		id := create(user, time.Hour)
+		var deleted atomic.Bool
+		together(9, func(i int) {
+			if i == 0 {
+				remove(id)
+				deleted.Store(true)
+				return
+			}
+			for range 20 {
+				gone := deleted.Load()
+				got, err := store.Get(ctx, id)
+				if err == nil && (gone || got != user) || err != nil && !errors.Is(err, errNoSession) {
+					t.Errorf("Get: %v, %v (deleted before: %v)", got, err, gone)
+				}
+			}
+		})
+		none(id)
+	}
+}
+
+// storeCalls are the four things that are asked of a store.
+var storeCalls = map[string]func(store SessionStore, id string) error{
+	"Create": func(store SessionStore, id string) error {
+		return store.Create(context.Background(), id, testUser(1), time.Hour)
+	},
+	"Get": func(store SessionStore, id string) error {
+		_, err := store.Get(context.Background(), id)
+		return err
+	},
+	"Delete": func(store SessionStore, id string) error { return store.Delete(context.Background(), id) },
+	"Ping":   func(store SessionStore, _ string) error { return store.Ping(context.Background()) },
+}
+
+func TestTroubleIsNotAbsence(t *testing.T) {
+	db := openTestDatabase(t)
+	db.Close()
+	for name, store := range map[string]SessionStore{
+		"redis":  openRedisSessions(t, "redis://127.0.0.1:"+freePort()),
+		"sqlite": &sqliteSessions{db},
+	} {
+		for what, call := range storeCalls {
+			err := call(store, newUUID())
+			if err == nil || errors.Is(err, errNoSession) || name == "redis" && !errors.Is(err, errUnavailable) {
+				t.Errorf("%s %s of a store that is away: %v", name, what, err)
+			}
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------
+// session.go: the pipeline, on a Redis that says what a test wants.
+
+// fakeRedis answers each command with what a function returns: "" for nothing, cutOff for an end. The ECHO by
+// which a dial proves itself is answered apart from that.
+type fakeRedis struct {
+	addr     string
+	listener net.Listener
+	answer   func(command []string) string
+
+	mu       sync.Mutex
+	mute     bool // dials are not answered
+	received [][]string
+	dialed   int // connections so far
+	open     int // connections that are still open
+}
+
+const cutOff = "cut off"
+
+func startFakeRedis(t testing.TB, answer func(command []string) string) *fakeRedis {
+	t.Helper()
+	f := &fakeRedis{addr: "127.0.0.1:0", answer: answer}
+	f.listen(t)
+	t.Cleanup(func() { f.listener.Close() })
+	return f
+}
+
+// listen takes connections, at the address of before when it is called again.
+func (f *fakeRedis) listen(t testing.TB) {
+	t.Helper()
+	l, err := net.Listen("tcp", f.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.listener = l
+	f.addr = l.Addr().String()
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			f.locked(func() { f.dialed++; f.open++ })
+			go f.serve(conn)
+		}
+	}()
+}
+
+func (f *fakeRedis) url() string { return "redis://" + f.addr }
+
+func (f *fakeRedis) locked(do func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	do()
+}
+
+func (f *fakeRedis) serve(conn net.Conn) {
+	defer f.locked(func() { f.open-- })
+	defer conn.Close()
+	in := bufio.NewReader(conn)
+	for proven := false; ; {
+		text, err := readReply(in) // a command has the form of one
+		if err != nil {
+			return
+		}
+		var command []string
+		lines := strings.Split(string(text), "\r\n")
+		for i := 2; i < len(lines); i += 2 {
+			command = append(command, lines[i])
+		}
+		var reply string
+		f.locked(func() {
+			switch {
+			case proven || command[0] != "ECHO":
+				f.received = append(f.received, command)
+				reply = f.answer(command)
+			case !f.mute:
+				proven = true
+				reply = plainReply(command)
+			}
+		})
+		if reply == cutOff {
+			return
+		}
+		io.WriteString(conn, reply)
+	}
+}
+
+// seen returns how often a command was received, with a first argument if one is given. Of ECHO only those count
+// that end a flush.
+func (f *fakeRedis) seen(command ...string) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	n := 0
+	for _, received := range f.received {
+		if len(received) >= len(command) && slices.Equal(received[:len(command)], command) {
+			n++
+		}
+	}
+	return n
+}
+
+// connections returns how many were made and how many are left.
+func (f *fakeRedis) connections() (dialed, open int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.dialed, f.open
+}
+
+func bulkString(text string) string { return fmt.Sprintf("$%d\r\n%s\r\n", len(text), text) }
+
+// plainReply is what a Redis says that has every session, each with its key for the user's id.
+func plainReply(command []string) string {
+	switch command[0] {
+	case "MULTI", "AUTH":
+		return "+OK\r\n"
+	case "HSET", "EXPIRE":
+		return "+QUEUED\r\n"
+	case "EXEC":
+		return "*2\r\n:5\r\n:1\r\n"
+	case "DEL":
+		return ":1\r\n"
+	case "HGETALL":
+		return "*2\r\n$2\r\nid\r\n" + bulkString(command[1])
+	case "ECHO":
+		return bulkString(command[1])
+	case "ROLE":
+		return "*1\r\n$6\r\nmaster\r\n"
+	}
+	return "-ERR unknown command\r\n"
+}
+
+// wantOwn looks a session up that plainReply has.
+func wantOwn(t testing.TB, store *redisSessions) {
+	t.Helper()
+	id := newUUID()
+	if user, err := store.Get(t.Context(), id); err != nil || user.ID != sessionKey(id) {
+		t.Errorf("Get %s: %v, %v", id, user, err)
+	}
+}
+
+func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
+	t.Parallel()
+	const endless = "$1000000000\r\n"
+	long := bulkString(strings.Repeat("x", 300_000))
+	for _, tt := range []struct {
+		name  string
+		call  string
+		at    string // the command whose reply is another one
+		reply string
+		want  error
+		tried int  // how often the operation is sent
+		kept  bool // the connection is used on
+		alone bool // no other operation is harmed
+	}{
+		{"a lookup", "Get", "", "", nil, 1, true, true},
+		{"a deletion", "Delete", "", "", nil, 1, true, true},
+		{"a creation", "Create", "", "", nil, 1, true, true},
+
+		{"a number for a hash", "Get", "HGETALL", ":1\r\n", errUnavailable, 1, false, true},
+		{"nothing for a hash", "Get", "HGETALL", "$-1\r\n", errUnavailable, 1, false, true},
+		{"no array for a hash", "Get", "HGETALL", "*-1\r\n", errUnavailable, 1, false, true},
+		{"half a pair for a hash", "Get", "HGETALL", "*1\r\n$2\r\nid\r\n", errUnavailable, 1, false, true},
+		{"numbers for a hash", "Get", "HGETALL", "*2\r\n:1\r\n:2\r\n", errUnavailable, 1, false, true},
+		{"text for a deletion", "Delete", "DEL", bulkString("1"), errUnavailable, 1, false, true},
+		{"OK for a deletion", "Delete", "DEL", "+OK\r\n", errUnavailable, 1, false, true},
+		{"nothing for a creation", "Create", "EXEC", "*-1\r\n", errUnavailable, 1, false, true},
+		{"one reply for a creation", "Create", "EXEC", "*1\r\n:5\r\n", errUnavailable, 1, false, true},
+		{"three for a creation", "Create", "EXEC", "*3\r\n:5\r\n:1\r\n:1\r\n", errUnavailable, 1, false, true},
+		{"text for a creation", "Create", "EXEC", "*2\r\n$1\r\n5\r\n$1\r\n1\r\n", errUnavailable, 1, false, true},
+
+		{"no session", "Delete", "DEL", ":0\r\n", errNoSession, 1, true, true},
+		{"another type", "Get", "HGETALL", "-WRONGTYPE of value\r\n", errNoSession, 1, true, true},
+		{"a refused lookup", "Get", "HGETALL", "-NOPERM\r\n", errRefused, 1, true, true},
+		{"a refused deletion", "Delete", "DEL", "-NOPERM\r\n", errRefused, 1, true, true},
+		{"a refused transaction", "Create", "MULTI", "-NOPERM\r\n", errRefused, 1, true, true},
+		{"a refused hash", "Create", "HSET", "-OOM\r\n", errRefused, 1, true, true},
+		{"a refused end", "Create", "EXEC", "*2\r\n:5\r\n-NOPERM\r\n", errRefused, 1, true, true},
+		{"an end that is none", "Create", "EXEC", "*2\r\n:5\r\n:0\r\n", errRefused, 1, true, true},
+
+		{"a value too long", "Get", "HGETALL", "*2\r\n$2\r\nid\r\n" + long, errUnavailable, 1, true, true},
+		{"a name too long", "Get", "HGETALL", "*2\r\n" + long + "$1\r\nx\r\n", errUnavailable, 1, true, true},
+		{"too long to skip", "Get", "HGETALL", "*2\r\n$2\r\nid\r\n" + endless, errUnavailable, 1, false, true},
+		{"too many elements", "Get", "HGETALL", "*65\r\n", errUnavailable, 1, false, true},
+		{"an array in an array", "Get", "HGETALL", "*2\r\n*0\r\n:1\r\n", errUnavailable, 1, false, true},
+
+		{"another's nonce", "Get", "ECHO", bulkString("another's"), errUnavailable, 2, false, false},
+		{"a refused nonce", "Ping", "ECHO", "-NOPERM\r\n", errRefused, 2, false, false},
+		{"a number for a nonce", "Delete", "ECHO", ":1\r\n", errUnavailable, 2, false, false},
+		{"no nonce", "Create", "ECHO", "$-1\r\n", errLost, 1, false, false},
+		{"a reply too many", "Get", "HGETALL", "*0\r\n*0\r\n", errUnavailable, 2, false, false},
+		{"cut", "Get", "HGETALL", cutOff, errUnavailable, 2, false, false},
+		{"cut before the nonce", "Delete", "ECHO", cutOff, errUnavailable, 2, false, false},
+		{"a creation that is cut", "Create", "HSET", cutOff, errLost, 1, false, false},
+		{"garbage", "Get", "HGETALL", "HTTP/1.1 400 Bad Request\r\n\r\n", errUnavailable, 2, false, false},
+		{"a reply too few", "Get", "HGETALL", "", errUnavailable, 1, false, false}, // it times out
+		{"half a reply", "Get", "HGETALL", "*2\r\n$2\r\nid", errUnavailable, 2, false, false},
+		{"silence", "Create", "ECHO", "", errUnavailable, 1, false, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			id := newUUID()
+			struck := true
+			f := startFakeRedis(t, func(command []string) string {
+				others := command[0] == "HGETALL" && command[1] != sessionKey(id)
+				if struck && command[0] == tt.at && !others {
+					return tt.reply
+				}
+				return plainReply(command)
+			})
+			store := openRedisSessions(t, f.url())
+			call := storeCalls[tt.call]
+			callers := 1
+			if tt.alone {
+				callers = 10
+			}
+			together(callers, func(i int) {
+				if i > 0 {
+					wantOwn(t, store)
+				} else if err := call(store, id); !errors.Is(err, tt.want) {
+					t.Errorf("%s: %v, want %v", tt.call, err, tt.want)
+				} else if tt.want != errRefused && errors.Is(err, errRefused) {
+					t.Errorf("%s: %v, which is no refusal", tt.call, err)
+				}
+			})
+			first := map[string]string{"Get": "HGETALL", "Delete": "DEL", "Create": "HSET"}[tt.call]
+			if n := f.seen(first, sessionKey(id)); first != "" && n != tt.tried {
+				t.Errorf("sent %d times, want %d", n, tt.tried)
+			}
+			f.locked(func() { struck = false })
+			if err := call(store, id); err != nil {
+				t.Errorf("%s afterwards: %v", tt.call, err)
+			}
+			wantOwn(t, store)
+			dials := tt.tried
+			if !tt.kept {
+				dials++
+			}
+			m := store.metrics()
+			if m["redis dials"] != int64(dials) || tt.kept && m["redis retries"] > 0 {
+				t.Errorf("%v, want %d dials, and retries only on another connection", m, dials)
+			}
+		})
+	}
+}
+
+func TestACreationThatWasCutIsTriedOnceMoreUnderAnotherID(t *testing.T) {
+	t.Parallel()
+	for cuts, want := range []int{200, 200, 503} {
+		left := 0
+		ids := map[string]bool{}
+		f := startFakeRedis(t, func(command []string) string {
+			if command[0] == "HSET" {
+				ids[command[1]] = true
+			}
+			if command[0] == "EXEC" && left > 0 {
+				left--
+				return cutOff
+			}
+			return plainReply(command)
+		})
+		s := start(t, "REDIS_URL="+f.url())
+		s.expectErrors()
 		email := newEmail()
 		s.addAccount(email, bcrypt.MinCost)
-		s.unavailable(newUUID(), email)
+		f.locked(func() { left = cuts; clear(ids) }) // the trial at the start is over
+		a := s.ask("POST", "/user/signin", credentials(email, password))
+		if a.status != want {
+			t.Errorf("cut %d times: POST /user/signin: status %d, want %d", cuts, a.status, want)
+		}
+		f.locked(func() {
+			if len(ids) != min(cuts, 1)+1 || a.cookie != nil && !ids[sessionKey(a.cookie.Value)] {
+				t.Errorf("cut %d times: tried as %v, want %d; cookie %v", cuts, ids, min(cuts, 1)+1, a.cookie)
+			}
+		})
+	}
+}
+
+func TestNobodyWaitsForAnothersReply(t *testing.T) {
+	t.Parallel()
+	held := ""
+	lookups := 0
+	f := startFakeRedis(t, func(command []string) string { // answers only when both lookups have come
+		if command[0] == "HGETALL" {
+			lookups++
+		}
+		held += plainReply(command)
+		if lookups < 2 {
+			return ""
+		}
+		replies := held
+		held = ""
+		return replies
+	})
+	store := openRedisSessions(t, f.url())
+	var first sync.WaitGroup
+	first.Go(func() { wantOwn(t, store) })
+	eventually(t, 10*time.Second, "the first lookup is sent", func() bool { return f.seen("ECHO") == 1 })
+	wantOwn(t, store)
+	first.Wait()
+}
+
+func TestNothingThatTimedOutIsSentAgain(t *testing.T) {
+	t.Parallel()
+	f := startFakeRedis(t, func([]string) string { return "" })
+	store := openRedisSessions(t, f.url())
+	together(3, func(i int) {
+		time.Sleep(replyTimeout * time.Duration(i) / 4) // some have time left when the first has none
+		if err := storeCalls["Get"](store, newUUID()); !errors.Is(err, errUnavailable) {
+			t.Errorf("Get: %v, want errUnavailable", err)
+		}
+	})
+	if n := f.seen("HGETALL"); n != 3 {
+		t.Errorf("3 lookups were sent as %d", n)
+	}
+}
+
+func TestWhatWaitsForRedisIsBounded(t *testing.T) { // not in parallel: it keeps the machine busy
+	silent := startFakeRedis(t, plainReply)
+	silent.mute = true
+	deaf := startFakeRedis(t, func([]string) string {
+		<-t.Context().Done()
+		return cutOff
+	})
+	large := testUser(1)
+	large.Name = strings.Repeat("x", 64<<20)
+	for _, tt := range []struct {
+		name    string
+		redis   *fakeRedis
+		callers int
+		call    func(store SessionStore) error
+	}{
+		{"a connection", silent, maxQueued + 100, func(s SessionStore) error { return s.Ping(t.Context()) }},
+		{"one that reads", deaf, 1, func(s SessionStore) error {
+			return s.Create(t.Context(), newUUID(), large, time.Hour)
+		}},
+	} {
+		store := openRedisSessions(t, tt.redis.url())
+		var first sync.WaitGroup
+		first.Go(func() { tt.call(store) })
+		eventually(t, 10*time.Second, "Redis is dialled", func() bool { return store.metrics()["redis dials"] == 1 })
+		var full, late atomic.Int64
+		together(tt.callers, func(int) {
+			began := time.Now()
+			err := tt.call(store)
+			if !errors.Is(err, errUnavailable) {
+				t.Errorf("%s: %v, want errUnavailable", tt.name, err)
+			}
+			if errors.Is(err, errQueueFull) {
+				full.Add(1)
+			}
+			if time.Since(began) > 3*time.Second {
+				late.Add(1)
+			}
+		})
+		room := int64(max(tt.callers-maxQueued, 0))
+		if full.Load() > room || full.Load() == 0 && room > 0 || late.Load() > 0 {
+			t.Errorf("of %d that wait for %s %d found no room, want %d; %d were told after 3 s",
+				tt.callers, tt.name, full.Load(), room, late.Load())
+		}
+		first.Wait()
+	}
+}
+
+func TestCloseTellsWhatWaits(t *testing.T) {
+	t.Parallel()
+	for name, mute := range map[string]bool{"for replies": false, "for a connection": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := startFakeRedis(t, func([]string) string { return "" })
+			f.mute = mute
+			store := openRedisSessions(t, f.url())
+			var waiting sync.WaitGroup
+			for range 10 {
+				waiting.Go(func() {
+					_, err := store.Get(t.Context(), newUUID())
+					if !errors.Is(err, errUnavailable) || !mute && !errors.Is(err, errClosed) {
+						t.Errorf("Get: %v, want errClosed", err)
+					}
+				})
+			}
+			eventually(t, 10*time.Second, "the lookups wait", func() bool {
+				dialed, _ := f.connections()
+				return dialed == 1 && (mute || f.seen("HGETALL") == 10)
+			})
+			store.Close()
+			waiting.Wait()
+			for what, call := range storeCalls {
+				if err := call(store, newUUID()); !errors.Is(err, errClosed) || !errors.Is(err, errUnavailable) {
+					t.Errorf("%s after Close: %v, want errClosed", what, err)
+				}
+			}
+			eventually(t, 10*time.Second, "no connection is left", func() bool {
+				dialed, open := f.connections()
+				return dialed == 1 && open == 0
+			})
+		})
+	}
+}
+
+// fakeSentinel names the address of a primary, or says something else.
+func fakeSentinel(t testing.TB, reply string) *fakeRedis {
+	t.Helper()
+	return startFakeRedis(t, func(command []string) string { return reply })
+}
+
+// primaryAt is a sentinel's reply.
+func primaryAt(addr string) string {
+	host, port, _ := net.SplitHostPort(addr)
+	return "*2\r\n" + bulkString(host) + bulkString(port)
+}
+
+// connOf is the connection that the store sends on.
+func connOf(store *redisSessions) *redisConn {
+	store.mu.Lock()
+	defer store.mu.Unlock()
+	return store.conn
+}
+
+// wantReplaced waits until the store uses another connection than the first one, and only that.
+func wantReplaced(t testing.TB, store *redisSessions, f *fakeRedis, first *redisConn) {
+	t.Helper()
+	eventually(t, 20*time.Second, "another connection, and only that", func() bool {
+		wantOwn(t, store)
+		_, open := f.connections()
+		return connOf(store) != first && open == 1
+	})
+}
+
+// A connection that works is used until its successor stands, and then no longer.
+func TestAConnectionIsReplacedOnceItsSuccessorStands(t *testing.T) {
+	t.Parallel()
+	hide := func(_ testing.TB, f *fakeRedis) { f.listener.Close() }
+	show := func(t testing.TB, f *fakeRedis) { f.listen(t) }
+	mute := func(_ testing.TB, f *fakeRedis) { f.locked(func() { f.mute = true }) }
+	unmute := func(_ testing.TB, f *fakeRedis) { f.locked(func() { f.mute = false }) }
+	for _, tt := range []struct {
+		name       string
+		sentinel   bool // is what fails
+		fail, heal func(testing.TB, *fakeRedis)
+	}{
+		{"Redis takes no connection", false, hide, show},
+		{"Redis takes one and says nothing", false, mute, unmute},
+		{"the sentinel is away", true, hide, show},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			f := startFakeRedis(t, plainReply)
+			url, asked := f.url(), f
+			if tt.sentinel {
+				asked = fakeSentinel(t, primaryAt(f.addr))
+				url = "redis-sentinel://" + asked.addr + "/accounts"
+			}
+			store := openRedisSessions(t, url)
+			wantOwn(t, store)
+			first := connOf(store)
+			tt.fail(t, asked)
+			store.mu.Lock()
+			first.dialedAt = time.Now().Add(-connLifetime)
+			store.mu.Unlock()
+			eventually(t, 20*time.Second, "two attempts to replace it", func() bool {
+				wantOwn(t, store)
+				return store.metrics()["redis dials"] >= 3
+			})
+			if connOf(store) != first {
+				t.Error("a connection that works is not used any more")
+			}
+			tt.heal(t, asked)
+			wantReplaced(t, store, f, first)
+		})
+	}
+}
+
+func TestAConnectionToNoPrimaryIsReplacedAtOnce(t *testing.T) {
+	t.Parallel()
+	f := startFakeRedis(t, func(command []string) string {
+		if command[0] == "DEL" {
+			return "-READONLY\r\n"
+		}
+		return plainReply(command)
+	})
+	store := openRedisSessions(t, f.url())
+	wantOwn(t, store)
+	first := connOf(store)
+	if err := store.Delete(t.Context(), newUUID()); !errors.Is(err, errRefused) {
+		t.Errorf("Delete: %v, want errRefused", err)
+	}
+	wantReplaced(t, store, f, first)
+}
+
+// readingConn is a connection that can only be read.
+type readingConn struct {
+	net.Conn
+	from io.Reader
+}
+
+func (c readingConn) Read(p []byte) (int, error) { return c.from.Read(p) }
+
+func TestTheGuardFollowsReplies(t *testing.T) {
+	t.Parallel()
+	longest := "+" + strings.Repeat("x", maxLineLength-3) + "\r\n"
+	largest := bulkString(strings.Repeat("\n", maxBulkString))
+	skipped := bulkString(strings.Repeat("\n", maxBulkString+1))
+	widest := "*64\r\n" + strings.Repeat(":1\r\n", 64)
+	deepest := "*2\r\n*2\r\n*1\r\n:1\r\n*1\r\n:2\r\n*0\r\n"
+	for _, tt := range []struct {
+		depth   int
+		passed  string
+		refused string // what follows; "" for nothing
+	}{
+		{1, "+OK\r\n-ERR $5 *7 - no\r\n:12\r\n:-12\r\n$-1\r\n*-1\r\n$0\r\n\r\n*0\r\n*0\r\n", ""},
+		{1, "$15\r\n$999999\r\n*99\r\n\r\n*1\r\n$-1\r\n", ""},
+		{2, "*3\r\n$2\r\nid\r\n*1\r\n$10\r\n0123456789\r\n:7\r\n", ""},
+		{3, strings.Repeat(longest+largest+widest+deepest, 2), ""},
+		{1, strings.Repeat("*3\r\n$2\r\nid\r\n"+skipped+":1\r\n"+skipped, 2), ""},
+		{1, "", fmt.Sprintf("$%d\r\n", maxSkipped+1)},
+		{1, "", "$99999999999999999999\r\n"},
+		{1, "", "$\r\n"},
+		{1, "", "*x\r\n"},
+		{1, skipped, "*65\r\n"},
+		{1, "*2\r\n:1\r\n", "*0\r\n"},
+		{3, "*1\r\n*1\r\n*1\r\n", "*1\r\n:1\r\n"},
+		{1, "", longest[:1] + "x" + longest[1:]},
+		{1, "+OK\r\n$5\r\n*9999\r\n", "*9999\r\n"},
+	} {
+		text := tt.passed + tt.refused
+		want := strings.ReplaceAll(tt.passed, skipped, "-TOOLARGE\r\n")
+		for name, from := range map[string]io.Reader{
+			"at once":      strings.NewReader(text),
+			"byte by byte": iotest.OneByteReader(strings.NewReader(text)),
+		} {
+			got, err := io.ReadAll(&guardedSocket{Conn: readingConn{from: from}, maxDepth: tt.depth})
+			if (tt.refused == "") != (err == nil) || err != nil && !errors.Is(err, errReplySize) {
+				t.Errorf("%.80q %s: error %v", text, name, err)
+			}
+			if string(got) != want {
+				t.Errorf("%.80q %s: passed %.80q, want %.80q", text, name, got, want)
+			}
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------
+// session.go: what Redis is sent and what it holds.
+
+// monitored returns what Redis is sent by others than redisDo while do runs, a line for each command.
+func monitored(t *testing.T, url string, do func()) (commands []string) {
+	t.Helper()
+	c, err := redis.DialURL(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Do("MONITOR"); err != nil {
+		t.Fatal(err)
+	}
+	do()
+	end := newUUID()
+	redisDo(t, url, "ECHO", end)
+	for {
+		line, err := redis.String(redis.ReceiveWithTimeout(c, 10*time.Second))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(line, end) {
+			return commands
+		}
+		_, command, _ := strings.Cut(line, "] ")
+		commands = append(commands, command)
+	}
+}
+
+func TestWhatRedisIsSent(t *testing.T) {
+	t.Parallel()
+	r := ownRedis(t)
+	s := start(t, "REDIS_URL="+r.url())
+	account, id := s.register(newEmail())
+	old := newUUID()
+	const echo = `"ECHO" nonce`
+	create := []string{
+		`"MULTI"`,
+		`"HSET" "session:NEW" "id" "USER" "name" "Ada Lovelace" "email" "EMAIL" "createdAt" "TIME" "updatedAt" "TIME"`,
+		`"EXPIRE" "session:NEW" "604800"`,
+		`"EXEC"`,
+		echo,
+	}
+	replace := append(slices.Clone(create), `"DEL" "session:`+old+`"`, echo) // once the new one stands
+	nonces := map[string]bool{}
+	for _, tt := range []struct {
+		method, path, body, id string
+		want                   []string
+	}{
+		{"POST", "/user", credentials(newEmail(), password), "", create},
+		{"POST", "/user", credentials(newEmail(), password), old, replace},
+		{"POST", "/user/signin", credentials(account.Email, password), "", create},
+		{"POST", "/user/signin", credentials(account.Email, password), old, replace},
+		{"POST", "/user/signin", credentials(account.Email, "wrong password"), old, nil},
+		{"GET", "/user", "", id, []string{`"HGETALL" "session:` + id + `"`, echo}},
+		{"GET", "/user", "", id, []string{`"HGETALL" "session:` + id + `"`, echo}},
+		{"GET", "/user", "", "", nil},
+		{"GET", "/user", "", "no-uuid", nil},
+		{"GET", "/healthz", "", id, []string{echo}},
+		{"DELETE", "/user/session", "", id, []string{`"DEL" "session:` + id + `"`, echo}},
+		{"DELETE", "/user/session", "", "", nil},
+	} {
+		var a *reply
+		got := monitored(t, r.url(), func() { a = s.ask(tt.method, tt.path, tt.body, cookie(tt.id)) })
+		for i, line := range got {
+			if nonce, isEcho := strings.CutPrefix(line, `"ECHO" `); isEcho {
+				if len(nonce) < 28 || nonces[nonce] {
+					t.Errorf("%s %s: nonce %s is short or was used before", tt.method, tt.path, nonce)
+				}
+				nonces[nonce] = true
+				got[i] = echo
+			}
+		}
+		var made registration
+		json.Unmarshal([]byte(a.body), &made)
+		if made.User.ID == "" { // a sign-in answers the user alone
+			json.Unmarshal([]byte(a.body), &made.User)
+		}
+		if a.cookie != nil {
+			made.SessionID = a.cookie.Value
+		}
+		names := strings.NewReplacer("NEW", made.SessionID, "USER", made.User.ID,
+			"EMAIL", made.User.Email, "TIME", made.User.CreatedAt)
+		if want := names.Replace(strings.Join(tt.want, "\n")); strings.Join(got, "\n") != want {
+			t.Errorf("%s %s sent\n%s\nwant\n%s", tt.method, tt.path, strings.Join(got, "\n"), want)
+		}
+	}
+}
+
+func TestHashesOfTheOriginal(t *testing.T) {
+	t.Parallel()
+	url := redisURL(t)
+	s := start(t, "REDIS_URL="+url)
+	const (
+		utc      = "Sun Mar 30 2025 20:00:00 GMT+0000 (Coordinated Universal Time)"
+		berlin   = "Sun Mar 30 2025 22:00:00 GMT+0200 (Mitteleuropäische Sommerzeit)"
+		tokyo    = "Mon Mar 31 2025 05:00:00 GMT+0900 (日本標準時)"
+		brasilia = "Sun Mar 30 2025 17:00:00 GMT-0300 (Brasilia Standard Time)"
+		kolkata  = "Mon Mar 31 2025 01:30:00 GMT+0530"
+		later    = "2025-03-31T20:00:00.123Z"
+		epoch    = "1970-01-01T00:00:00.000Z"
+	)
+	none := []string{"", ""}
+	for _, tt := range []struct {
+		fields []any    // beside those of a user; nil for one that is missing
+		times  []string // of the user, or none
+	}{
+		{[]any{"createdAt", utc, "updateAt", berlin}, []string{testTime, testTime}},
+		{[]any{"createdAt", tokyo, "updateAt", later}, []string{testTime, later}},
+		{[]any{"createdAt", brasilia, "updateAt", kolkata}, []string{testTime, testTime}},
+		{[]any{"createdAt", testTime, "updatedAt", later}, []string{testTime, later}},
+		{[]any{"createdAt", "2025-03-30T22:00:00+02:00", "updatedAt", "2025-03-31T20:00:00.1234Z"}, []string{testTime, later}},
+		{[]any{"createdAt", utc, "updateAt", utc, "updatedAt", later}, []string{testTime, later}},
+		{[]any{"createdAt", utc, "updateAt", later, "updatedAt", "soon"}, []string{testTime, later}},
+		{[]any{"createdAt", tokyo}, []string{testTime, testTime}},
+		{[]any{"createdAt", "Invalid Date", "updateAt", tokyo}, []string{testTime, testTime}},
+		{[]any{"createdAt", "1743364800000", "updatedAt", later}, []string{later, later}},
+		{[]any{"createdAt", "null", "updateAt", "", "updatedAt", "+99999-01-01T00:00:00Z"}, []string{epoch, epoch}},
+		{nil, []string{epoch, epoch}},
+		{[]any{"password", "", "role", "admin", "createdAt", utc}, []string{testTime, testTime}},
+		{[]any{"id", nil, "createdAt", utc}, none},
+		{[]any{"id", "", "createdAt", utc}, none},
+	} {
+		id := newUUID()
+		want := User{"cmwvz6gao0001s77d1zemt0n6", "Ünï Cödé", "ÄÖ@example.com", tt.times[0], tt.times[1]}
+		hash := []any{"session:" + id, "id", want.ID, "name", want.Name, "email", want.Email}
+		redisDo(t, url, "HSET", append(hash, tt.fields...)...)
+		redisDo(t, url, "EXPIRE", "session:"+id, 600)
+		if len(tt.fields) > 1 && tt.fields[1] == nil {
+			redisDo(t, url, "HDEL", "session:"+id, tt.fields[0])
+		}
+		if tt.times[0] == "" {
+			s.want(401, id)
+		} else if a := s.want(200, id); a.body != userJSON(want) {
+			t.Errorf("%s: %s, want %s", tt.fields, a.body, userJSON(want))
+		}
+		status := s.status("DELETE", "/user/session", "", cookie(id))
+		if left := redisDo(t, url, "EXISTS", "session:"+id); status != 204 || left != any(int64(0)) {
+			t.Errorf("%s: DELETE /user/session: status %d, want 204; %d left", tt.fields, status, left)
+		}
+	}
+	text := newUUID()
+	redisDo(t, url, "SET", "session:"+text, "no hash", "EX", 600)
+	s.want(401, text)
+}
+
+func TestRedisLogin(t *testing.T) {
+	t.Parallel()
+	host := ownRedisHost(t)
+	const login = "svc:s3cr%3At%2F%40@"
+	// All that the contract asks for, and nothing else.
+	least := []string{"--user", "default", "off", "--user", "svc", "on", ">s3cr:t/@", "~session:*",
+		"+hset", "+expire", "+hgetall", "+del", "+multi", "+exec", "+echo"}
+	plain := host.start(t, least...)
+	roled := host.start(t, append(least, "+role")...)
+	monitor := "sentinel monitor accounts 127.0.0.1 " + roled.port + " 1"
+	open := host.startSentinel(t, monitor)
+	asked := host.startSentinel(t, "requirepass s3cr:t/@", monitor)
+	all := host.start(t, "--user", "default", "on", ">s3cr:t/@", "~*", "+@all",
+		"--user", "app", "on", "nopass", "~*", "+@all")
+	for name, url := range map[string]string{
+		"a user with the least rights":     "redis://" + login + plain.addr(),
+		"the same behind a sentinel":       "redis-sentinel://" + login + open.addr() + "/accounts",
+		"a sentinel that asks for it":      "redis-sentinel://" + login + asked.addr() + "/accounts",
+		"a user without a password":        "redis://app:@" + all.addr(),
+		"a password alone, and a database": "redis://:s3cr%3At%2F%40@" + all.addr() + "/3",
+		"the same, and another database":   "redis://:s3cr%3At%2F%40@" + all.addr() + "/5",
+	} {
+		s := start(t, "REDIS_URL="+url)
+		s.secret("s3cr")
+		user, id := s.register(newEmail())
+		next := s.signIn(user.Email, cookie(id))
+		s.want(401, id)
+		s.want(200, next)
+		if strings.HasPrefix(url, "redis://:") && redisDo(t, url, "EXISTS", "session:"+next) != any(int64(1)) {
+			t.Errorf("%s: the session is not in that database", name)
+		}
+		if status := s.status("GET", "/healthz", ""); status != 200 {
+			t.Errorf("%s: GET /healthz: status %d, want 200", name, status)
+		}
+		if status := s.status("DELETE", "/user/session", "", cookie(next)); status != 204 {
+			t.Errorf("%s: DELETE /user/session: status %d, want 204", name, status)
+		}
+		s.want(401, next)
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Faults: Redis away, or refusing.
+
+// statuses are what requests that need the session store are answered.
+type statuses struct{ signIn, lookup, signOut, health int }
+
+var (
+	allAway       = statuses{signIn: 503, lookup: 503, signOut: 503, health: 503}
+	noWrites      = statuses{signIn: 503, lookup: 200, signOut: 503, health: 200}
+	noNewSessions = statuses{signIn: 503, lookup: 200, signOut: 204, health: 200}
+	noLookups     = statuses{signIn: 200, lookup: 503, signOut: 204, health: 200}
+	onlyEcho      = statuses{signIn: 503, lookup: 503, signOut: 503, health: 200}
+)
+
+var errCut = errors.New("cut")
+
+func TestRedisFaults(t *testing.T) {
+	t.Parallel()
+	always := func(reply string) fault { return func([]byte) ([]byte, error) { return []byte(reply), nil } }
+	do := func(command string, args ...any) func(testing.TB, *redisServer) {
+		return func(t testing.TB, r *redisServer) { r.do(t, command, args...) }
+	}
+	send := func(signal string) func(testing.TB, *redisServer) {
+		return func(_ testing.TB, r *redisServer) { r.signal(signal) }
+	}
+	kill := func(_ testing.TB, r *redisServer) { r.kill() }
+	launch := func(t testing.TB, r *redisServer) { r.launch(t) }
+	replicate := do("REPLICAOF", "127.0.0.1", freePort())
+	promote := do("REPLICAOF", "NO", "ONE")
+	cannotSave := func(t testing.TB, r *redisServer) {
+		if err := r.host.command("mkdir", r.host.dir+"/"+r.port+".rdb").Run(); err != nil {
+			t.Fatal(err)
+		}
+		r.do(t, "CONFIG", "SET", "save", "3600 1")
+		r.do(t, "BGSAVE")
+		eventually(t, 20*time.Second, "Redis cannot save", func() bool {
+			info, _ := redis.String(r.do(t, "INFO", "persistence"), nil)
+			return strings.Contains(info, "rdb_last_bgsave_status:err")
+		})
+	}
+	load := func(t testing.TB, r *redisServer) {
+		r.do(t, "EVAL", `for i = 1, 20000 do redis.call('SET', 'filler:' .. i, string.rep('x', 200), 'EX', 600) end`, 0)
+		r.do(t, "SAVE")
+		r.kill()
+		r.args = append(r.args, "--key-load-delay", "5000", "--loading-process-events-interval-bytes", "1024")
+		r.launch(t)
+	}
+	type redisFault struct {
+		name    string
+		want    statuses
+		cause   string // in the log, where Redis refuses
+		reply   fault  // what a proxy makes of each reply
+		options []string
+		fail    func(testing.TB, *redisServer)
+		heal    func(testing.TB, *redisServer)
+		lost    bool // sessions do not outlive it
+	}
+	faults := []redisFault{
+		{name: "black hole", want: allAway, reply: always("")},
+		{name: "cut", want: allAway, reply: func([]byte) ([]byte, error) { return nil, errCut }},
+		{name: "half a reply, cut", want: allAway,
+			reply: func(reply []byte) ([]byte, error) { return reply[:len(reply)/2], errCut }},
+		{name: "garbage", want: allAway, reply: always("HTTP/1.1 400 Bad Request\r\n\r\n")},
+		{name: "a huge string", want: allAway, reply: always("$99999999999999\r\n")},
+		{name: "a huge array", want: allAway, reply: always("*2147483647\r\n")},
+		{name: "deep nesting", want: allAway, reply: always(strings.Repeat("*1\r\n", 1<<20))},
+		{name: "an endless line", want: allAway, reply: always(strings.Repeat("+", 8<<20))},
+		{name: "the wrong shapes", want: allAway, reply: always(":1\r\n")},
+		{name: "killed", want: allAway, fail: kill, heal: launch, lost: true},
+		{name: "killed, and back with its data", want: allAway, fail: kill, heal: launch,
+			options: []string{"--appendonly", "yes", "--appendfsync", "always"}},
+		{name: "frozen", want: allAway, fail: send("STOP"), heal: send("CONT")},
+
+		{name: "full", want: noNewSessions, cause: "OOM",
+			fail: do("CONFIG", "SET", "maxmemory", 1), heal: do("CONFIG", "SET", "maxmemory", 0)},
+		{name: "no snapshot can be saved", want: noWrites, cause: "MISCONF",
+			fail: cannotSave, heal: do("CONFIG", "SET", "save", "")},
+		{name: "a replica", want: noWrites, cause: "READONLY", fail: replicate, heal: promote},
+		{name: "a replica without its primary", want: onlyEcho, cause: "MASTERDOWN",
+			options: []string{"--replica-serve-stale-data", "no"}, fail: replicate, heal: promote},
+		{name: "loading", want: onlyEcho, cause: "LOADING",
+			fail: load, heal: do("CONFIG", "SET", "key-load-delay", 0)},
+		{name: "a slot that moved", want: onlyEcho, cause: "MOVED 866 192.0.2.1:6379",
+			reply: func(reply []byte) ([]byte, error) {
+				if reply[0] == '$' { // to ECHO
+					return reply, nil
+				}
+				return []byte("-MOVED 866 192.0.2.1:6379\r\n"), nil
+			}},
+		{name: "an EXPIRE that did nothing", want: noNewSessions, cause: "EXPIRE",
+			reply: func(reply []byte) ([]byte, error) {
+				return bytes.Replace(reply, []byte("\r\n:1\r\n"), []byte("\r\n:0\r\n"), 1), nil
+			}},
+	}
+	for commands, want := range map[string]statuses{
+		"hset": noNewSessions, "expire": noNewSessions, "multi expire": noNewSessions, "exec": noNewSessions,
+		"del": noWrites, "echo": allAway, "hgetall": noLookups,
+	} {
+		forbid, allow := []any{"SETUSER", "default"}, []any{"SETUSER", "default"}
+		for command := range strings.FieldsSeq(commands) {
+			forbid = append(forbid, "-"+command)
+			allow = append(allow, "+"+command)
+		}
+		faults = append(faults, redisFault{name: "no right to " + commands, want: want, cause: "NOPERM",
+			fail: do("ACL", forbid...), heal: do("ACL", allow...)})
+	}
+	var waves sync.Mutex // one at a time, or they would measure each other
+	for _, tt := range faults {
+		t.Run(tt.name, func(t *testing.T) {
+			if tt.want == allAway { // these wait rather than work
+				t.Parallel()
+			}
+			r := ownRedis(t, tt.options...)
+			url, fail, heal := r.url(), tt.fail, tt.heal
+			if tt.reply != nil {
+				p := startProxy(t, r.addr(), 0)
+				url = p.url()
+				fail = func(testing.TB, *redisServer) { p.set(tt.reply) }
+				heal = func(testing.TB, *redisServer) { p.set(nil) }
+			}
+			s := start(t, "REDIS_URL="+url)
+			s.expectErrors()
+			email := newEmail()
+			s.addAccount(email, bcrypt.MinCost)
+			// Each of these is for one kind of request: what is not answered may yet have been done.
+			kept, replaced, ended := s.signIn(email), s.signIn(email), s.signIn(email)
+			registered := tt.want.signIn
+			if registered == 200 {
+				registered = 201
+			}
+			fail(t, r)
+			for _, a := range []struct {
+				method, path, body, id string
+				want                   int
+			}{
+				{"GET", "/user", "", kept, tt.want.lookup},
+				{"GET", "/user", "", "", 401},
+				{"DELETE", "/user/session", "", ended, tt.want.signOut},
+				{"GET", "/healthz", "", "", tt.want.health},
+				{"POST", "/user/signin", credentials(email, password), replaced, tt.want.signIn},
+				{"POST", "/user", credentials(newEmail(), password), newUUID(), registered},
+			} {
+				began := time.Now()
+				got := s.ask(a.method, a.path, a.body, cookie(a.id)) // no 503 sets a cookie: see checkReply
+				if took := time.Since(began); got.status != a.want || took > 3*time.Second {
+					t.Errorf("%s %s: status %d after %v, want %d within 3 s: %s",
+						a.method, a.path, got.status, took, a.want, got.body)
+				}
+			}
+			if n := query[int](s, `SELECT count(*) FROM users`); tt.want.signIn == 503 && n != 1 {
+				t.Errorf("a registration that was refused left %d accounts behind", n-1)
+			}
+			waves.Lock()
+			var late atomic.Int64
+			together(500, func(int) {
+				began := time.Now()
+				s.want(tt.want.lookup, kept)
+				if time.Since(began) > 3*time.Second {
+					late.Add(1)
+				}
+			})
+			var mem runtime.MemStats
+			runtime.ReadMemStats(&mem)
+			goroutines := runtime.NumGoroutine()
+			waves.Unlock()
+			if late.Load() > 0 || mem.HeapAlloc > 512<<20 || goroutines > 20_000 {
+				t.Errorf("of 500 at once %d were answered after 3 s; heap %d MB, %d goroutines",
+					late.Load(), mem.HeapAlloc>>20, goroutines)
+			}
+			heal(t, r)
+			live := 200
+			if tt.lost {
+				live = 401
+			}
+			s.wantBack(live, "/user", cookie(kept))
+			if tt.want.signIn == 503 { // the old session lives on
+				s.want(live, replaced)
+			} else {
+				s.want(401, replaced)
+			}
+			if tt.want.signOut == 204 {
+				s.want(401, ended)
+			} else if tt.want.health == 200 && tt.reply == nil {
+				s.want(200, ended)
+			}
+			s.want(200, s.signIn(email))
+			s.register(newEmail())
+			message := "store out of reach"
+			if tt.cause != "" {
+				message = "store refuses"
+			}
+			s.log.find(t, message)
+			if !slices.ContainsFunc(s.log.lines(message), func(line map[string]any) bool {
+				return strings.Contains(line["err"].(string), tt.cause)
+			}) {
+				t.Errorf("no line %q names the cause %q:\n%s", message, tt.cause, s.log)
+			}
+			wantEnds(t, r.url())
+		})
+	}
+}
+
+// wantBack waits for a status, which has to come within 2 s.
+func (s *service) wantBack(status int, path string, header ...string) {
+	s.Helper()
+	began := time.Now()
+	eventually(s, 20*time.Second, "the service is back", func() bool {
+		return s.status("GET", path, "", header...) == status
+	})
+	if back := time.Since(began); back > 2*time.Second {
+		s.Errorf("back after %v, want 2 s at most", back)
+	}
+}
+
+// wantEnds checks that no session stays for ever.
+func wantEnds(t testing.TB, url string) {
+	t.Helper()
+	eventually(t, 5*time.Second, "every session has an end", func() bool {
+		keys, err := redis.Strings(redisDo(t, url, "KEYS", "session:*"), nil)
+		return err == nil && !slices.ContainsFunc(keys, func(key string) bool {
+			return redisDo(t, url, "TTL", key) == any(int64(-1))
+		})
+	})
+}
+
+// A sign-in has several operations, and the last can fail after the others took their time.
+func TestASignInIsAnsweredInTimeWhenTheOldSessionCannotBeEnded(t *testing.T) {
+	t.Parallel()
+	slow := false
+	f := startFakeRedis(t, func(command []string) string {
+		switch {
+		case command[0] == "HGETALL":
+			slow = true
+			return cutOff
+		case slow && command[0] == "DEL":
+			return ""
+		case slow && (command[0] == "AUTH" || command[0] == "EXEC"):
+			time.Sleep(replyTimeout * 4 / 5)
+		}
+		return plainReply(command)
+	})
+	s := start(t, "REDIS_URL=redis://:password@"+f.addr)
+	s.expectErrors()
+	email := newEmail()
+	s.addAccount(email, bcrypt.MinCost)
+	s.want(503, newUUID()) // and the connection has ended
+	began := time.Now()
+	status := s.status("POST", "/user/signin", credentials(email, password), cookie(newUUID()))
+	if took := time.Since(began); status != 503 || took > 3*time.Second {
+		t.Errorf("POST /user/signin: status %d after %v, want 503 within 3 s", status, took)
+	}
+}
+
+func TestStartWithoutAWillingRedis(t *testing.T) {
+	t.Parallel()
+	const refuses = "session store refuses a trial session, answering 503 to what it refuses"
+	const away = "session store out of reach, answering 503 until it is back"
+	without := func(right string) []string {
+		return []string{"--user", "default", "on", "nopass", "~*", "+@all", right}
+	}
+	for _, tt := range []struct {
+		name    string
+		options []string
+		login   string
+		cause   string
+		signIn  int
+		lookup  int
+	}{
+		{"a replica", []string{"--replicaof", "127.0.0.1 " + freePort()}, "", "READONLY", 503, 401},
+		{"full", []string{"--maxmemory", "1"}, "", "OOM", 503, 401},
+		{"no right to HSET", without("-hset"), "", "NOPERM", 503, 401},
+		{"no right to DEL", without("-del"), "", "NOPERM", 503, 401},
+		{"no MULTI", []string{"--rename-command", "MULTI", ""}, "", "unknown command", 503, 401},
+		{"no HGETALL", []string{"--rename-command", "HGETALL", ""}, "", "unknown command", 200, 503},
+		{"a password is missing", []string{"--requirepass", "right"}, "", "NOAUTH", 503, 503},
+		{"a wrong password", []string{"--requirepass", "right"}, ":wr0ng@", "WRONGPASS", 503, 503},
+		{"away", nil, "", "connection refused", 503, 503},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			r := ownRedis(t, tt.options...)
+			message := refuses
+			if tt.name == "away" {
+				r.kill()
+				message = away
+			}
+			s := start(t, "REDIS_URL=redis://"+tt.login+r.addr())
+			s.expectErrors()
+			s.secret("wr0ng", sessionKey("")) // Redis quotes what it does not know
+			line := s.log.find(t, message)
+			if cause, _ := line["err"].(string); !strings.Contains(cause, tt.cause) || line["level"] != "ERROR" {
+				t.Errorf("line %v, want the cause %q", line, tt.cause)
+			}
+			email := newEmail()
+			s.addAccount(email, bcrypt.MinCost)
+			header := cookie(newUUID())
+			status := s.status("POST", "/user/signin", credentials(email, password), header)
+			if status != tt.signIn {
+				t.Errorf("POST /user/signin: status %d, want %d", status, tt.signIn)
+			}
+			s.want(tt.lookup, newUUID())
+			if message == away {
+				r.launch(t)
+				s.wantBack(200, "/healthz")
+				s.want(200, s.signIn(email))
+			}
+		})
 	}
 }
 
 func TestConnectionsThatDiedIdleAreNotNoticed(t *testing.T) {
 	t.Parallel()
 	r := ownRedis(t)
-	p := startProxy(t, "127.0.0.1:"+r.port)
+	p := startProxy(t, r.addr(), 0)
 	s := start(t, "REDIS_URL="+p.url())
-	_, id := s.register(newEmail())
-	for range 20 {
-		s.want(200, id)
-		p.cut()
-		s.want(200, id)
-		p.cut()
-		if a := s.ask("GET", "/healthz", ""); a.status != 200 {
-			t.Errorf("GET /healthz: status %d", a.status)
-		}
-	}
-}
-
-func TestRepliesByteByByte(t *testing.T) {
-	t.Parallel()
-	r := ownRedis(t)
-	l := startProxy(t, "127.0.0.1:"+r.port)
-	s := start(t, "REDIS_URL="+l.url())
 	user, id := s.register(newEmail())
-	l.set(func(reply []byte) ([]byte, error) {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		for c := range l.conns { // one connection at a time is in use here
-			for _, b := range reply {
-				c.Write([]byte{b})
-			}
-		}
-		return nil, nil
-	})
-	for range 3 {
-		if a := s.want(200, id); a.body != userJSON(user) {
-			t.Errorf("got %s", a.body)
-		}
-	}
-}
-
-// --- Faults: Redis that refuses
-
-func TestRedisThatRefuses(t *testing.T) {
-	t.Parallel()
-	// begin starts the service with an account and an open session.
-	begin := func(t *testing.T, url string) (s *service, email, id string) {
-		s = start(t, "REDIS_URL="+url)
-		s.faulty = true
-		email = newEmail()
-		s.addAccount(email, bcrypt.MinCost)
-		return s, email, s.signIn(email)
-	}
-	refused := func(s *service, email string) {
-		s.Helper()
-		if a := s.ask("POST", "/user/signin", credentials(email, password)); a.status != 503 {
-			s.Errorf("POST /user/signin: status %d, want 503", a.status)
-		}
-		if a := s.ask("POST", "/user", credentials(newEmail(), password)); a.status != 503 || s.count(`SELECT count(*) FROM users`) != 1 {
-			s.Errorf("POST /user: status %d, want 503 and no account left behind", a.status)
-		}
-	}
-	t.Run("full", func(t *testing.T) {
-		r := ownRedis(t)
-		s, email, id := begin(t, r.url())
-		redisDo(t, r.url(), "CONFIG", "SET", "maxmemory", "1")
-		refused(s, email)
-		together(64, func(int) { s.want(200, id) })
-		if a := s.ask("DELETE", "/user/session", "", cookie(id)); a.status != 204 {
-			t.Errorf("DELETE /user/session: status %d, want 204", a.status)
-		}
+	for range 20 {
+		p.cut()
+		s.want(200, id)
+		p.cut()
+		next := s.signIn(user.Email, cookie(id))
 		s.want(401, id)
-		redisDo(t, r.url(), "CONFIG", "SET", "maxmemory", "0")
-		s.want(200, s.signIn(email))
-		r.wantEnds(t)
-	})
-	t.Run("an EXPIRE that did nothing", func(t *testing.T) {
-		r := ownRedis(t)
-		p := startProxy(t, "127.0.0.1:"+r.port)
-		s, email, id := begin(t, p.url())
-		p.set(func(reply []byte) ([]byte, error) {
-			return bytes.Replace(reply, []byte("\r\n:1\r\n"), []byte("\r\n:0\r\n"), 1), nil
-		})
-		refused(s, email)
-		s.want(200, id)
-		eventually(t, 10*time.Second, "no other session is left", func() bool { return redisDo(t, r.url(), "DBSIZE") == any(int64(1)) })
-	})
-	t.Run("a replica", func(t *testing.T) {
-		r, primary := ownRedis(t), ownRedis(t)
-		s, email, id := begin(t, r.url())
-		redisDo(t, primary.url(), "RESTORE", "session:"+id, 600_000, redisDo(t, r.url(), "DUMP", "session:"+id))
-		redisDo(t, r.url(), "REPLICAOF", "127.0.0.1", primary.port)
-		eventually(t, 10*time.Second, "the replica is in step", func() bool {
-			info, _ := redis.String(redisDo(t, r.url(), "INFO", "replication"), nil)
-			return strings.Contains(info, "master_link_status:up")
-		})
-		refused(s, email)
-		s.want(200, id)
-		if a := s.ask("DELETE", "/user/session", "", cookie(id)); a.status != 503 {
-			t.Errorf("DELETE /user/session: status %d, want 503", a.status)
+		id = next
+		p.cut()
+		if status := s.status("GET", "/healthz", ""); status != 200 {
+			t.Errorf("GET /healthz: status %d, want 200", status)
 		}
-		s.want(200, id)
-		redisDo(t, r.url(), "REPLICAOF", "NO", "ONE")
-		s.want(200, s.signIn(email))
-	})
-	for command, reads := range map[string]int{"hset": 200, "expire": 200, "multi": 200, "ping": 503, "hgetall": 503} {
-		t.Run("no "+command, func(t *testing.T) {
-			r := ownRedis(t)
-			s, email, id := begin(t, r.url())
-			redisDo(t, r.url(), "ACL", "SETUSER", "default", "-"+command)
-			together(10, func(int) { s.want(reads, id) })
-			if command != "hgetall" {
-				refused(s, email)
-			}
-			redisDo(t, r.url(), "ACL", "SETUSER", "default", "+"+command)
-			s.want(200, id)
-			s.want(200, s.signIn(email))
-			r.wantEnds(t)
-		})
 	}
-	t.Run("loading", func(t *testing.T) {
-		r := ownRedis(t)
-		s, email, id := begin(t, r.url())
-		for i := range 300 {
-			redisDo(t, r.url(), "SET", "filler:"+strconv.Itoa(i), newUUID()+newUUID()+newUUID(), "EX", 600)
-		}
-		redisDo(t, r.url(), "SAVE")
-		r.kill()
-		r.args = []string{"--key-load-delay", "10000", "--loading-process-events-interval-bytes", "1024"}
-		r.launch(t)
-		refused(s, email)
-		s.want(503, id)
-		eventually(t, 10*time.Second, "Redis has loaded", func() bool { return s.ask("GET", "/healthz", "").status == 200 })
-		s.want(200, id)
-		s.want(200, s.signIn(email))
-	})
 }
 
-// --- Faults: replies out of step
-
-func TestNoAnswerCarriesAnothersSession(t *testing.T) {
+func TestAClusterOfOneNodeServes(t *testing.T) {
 	t.Parallel()
-	total := rounds(6_000, 100_000)
-	stale := struct { // a reply of an earlier exchange, which may be inserted into a later one
-		sync.Mutex
-		reply []byte
-	}{}
-	one := func(n int) bool { return rand.N(n) == 0 }
-	for name, f := range map[string]func(p *proxy) fault{
-		"cut at random": func(*proxy) fault {
-			return func(reply []byte) ([]byte, error) {
-				if one(200) {
-					return reply[:rand.N(len(reply))], errors.New("cut")
-				}
-				return reply, nil
+	host := ownRedisHost(t)
+	r := host.start(t, "--cluster-enabled", "yes", "--cluster-port", host.port())
+	r.do(t, "CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+	eventually(t, 20*time.Second, "the cluster serves", func() bool {
+		info, _ := redis.String(r.do(t, "CLUSTER", "INFO"), nil)
+		return strings.Contains(info, "cluster_state:ok")
+	})
+	s := start(t, "REDIS_URL="+r.url())
+	user, id := s.register(newEmail())
+	for range 5 { // whatever slots the keys have
+		next := s.signIn(user.Email, cookie(id))
+		s.want(401, id)
+		s.want(200, next)
+		id = next
+	}
+}
+
+func TestALargeReplyHarmsNobodyElse(t *testing.T) { // not in parallel: it keeps the machine busy
+	r := ownRedis(t)
+	s := startProcess(t, "REDIS_URL="+r.url(), "DEBUG_ADDR=127.0.0.1:0")
+	s.expectErrors()
+	debug := "http://" + s.log.find(t, "debug listening")["addr"].(string) + "/debug/vars"
+	allocated := func() int64 {
+		resp, err := s.client.Get(debug)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		var vars struct{ Memstats struct{ TotalAlloc int64 } }
+		if err := json.NewDecoder(resp.Body).Decode(&vars); err != nil {
+			t.Fatal(err)
+		}
+		return vars.Memstats.TotalAlloc
+	}
+	session := func(field string, fields, size int) string {
+		id := newUUID()
+		r.do(t, "EVAL", `for i = 1, ARGV[2] do
+			redis.call('HSET', KEYS[1], 'id', '7', ARGV[1] .. i, string.rep('x', ARGV[3])) end
+			redis.call('EXPIRE', KEYS[1], 600)`, 1, "session:"+id, field, fields, size)
+		return id
+	}
+	_, small := s.register(newEmail())
+	large := []string{small, session("name", 1, 90_000), session("email", 2, 100_000)}
+	huge := []string{session("name", 1, 40<<20), session("field", 1000, 40<<10)}
+	before := allocated()
+	var done atomic.Bool
+	var served atomic.Int64
+	together(13, func(i int) {
+		if i == 0 {
+			for n := range 10 {
+				s.want(503, huge[n%2])
 			}
-		},
-		"dropped": func(*proxy) fault {
-			return func(reply []byte) ([]byte, error) {
-				if one(1000) {
-					return nil, nil
-				}
-				return reply, nil
-			}
-		},
-		"repeated": func(*proxy) fault {
-			return func(reply []byte) ([]byte, error) {
-				if one(20) {
-					return append(slices.Clone(reply), reply...), nil
-				}
-				return reply, nil
-			}
-		},
-		"inserted": func(*proxy) fault {
-			return func(reply []byte) ([]byte, error) {
-				stale.Lock()
-				defer stale.Unlock()
-				old := stale.reply
-				if reply[0] == '*' {
-					stale.reply = slices.Clone(reply)
-				}
-				if one(20) {
-					return append(slices.Clone(old), reply...), nil
-				}
-				return reply, nil
-			}
-		},
-		"of an earlier batch": func(*proxy) fault {
-			var mu sync.Mutex
-			earlier := map[int][]byte{} // by length, as the nonces' place would betray another
-			return func(reply []byte) ([]byte, error) {
-				mu.Lock()
-				defer mu.Unlock()
-				if isBatch := reply[0] == '*' && bytes.Contains(reply, []byte("\r\n*10")); !isBatch {
-					return reply, nil
-				}
-				if old := earlier[len(reply)]; old != nil && one(4) {
-					return old, nil
-				}
-				earlier[len(reply)] = slices.Clone(reply)
-				return reply, nil
-			}
-		},
-		"of an earlier exchange": func(*proxy) fault { // a lookup's reply and its proof
-			var mu sync.Mutex
-			var earlier, last []byte
-			replaced := false
-			return func(reply []byte) ([]byte, error) {
-				mu.Lock()
-				defer mu.Unlock()
-				if isBatch := bytes.Contains(reply, []byte("\r\n*10")); isBatch {
-					return reply, nil
-				}
-				if reply[0] == '*' {
-					if last = slices.Clone(reply); earlier != nil && one(20) {
-						replaced = true
-						return nil, nil
-					}
-				} else if replaced {
-					replaced = false
-					return earlier, nil
-				} else if last != nil {
-					earlier, last = append(last, reply...), nil
-				}
-				return reply, nil
-			}
-		},
-		"swapped": func(*proxy) fault {
-			var mu sync.Mutex
-			var held []byte
-			return func(reply []byte) ([]byte, error) {
-				mu.Lock()
-				defer mu.Unlock()
-				if held != nil {
-					both := append(slices.Clone(reply), held...)
-					held = nil
-					return both, nil
-				}
-				if one(500) {
-					held = slices.Clone(reply)
-					return nil, nil
-				}
-				return reply, nil
-			}
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
+			done.Store(true)
+			return
+		}
+		for n := i; !done.Load(); n++ {
+			s.want(200, large[n%len(large)])
+			served.Add(1)
+		}
+	})
+	if n := allocated() - before; n > 100<<20+served.Load()*2<<20 {
+		t.Errorf("%d MB allocated for 10 lookups of 40 MB and %d others", n>>20, served.Load())
+	}
+	if served.Load() == 0 {
+		t.Error("nothing was served beside them")
+	}
+	for _, id := range huge { // and can be ended
+		if status := s.status("DELETE", "/user/session", "", cookie(id)); status != 204 {
+			t.Errorf("DELETE /user/session: status %d, want 204", status)
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Faults: replies out of step.
+
+// stepFaults are faults that leave replies in another place than they belong. One piece in every is struck: a reply,
+// or all replies to a flush. earlier is the last piece of the same length, as another would be betrayed by its number
+// of replies; it may be nil.
+var stepFaults = []struct {
+	name    string
+	every   int
+	flushes bool
+	strike  func(piece, earlier []byte) ([]byte, error)
+}{
+	{"cut", 200, false, func(piece, _ []byte) ([]byte, error) { return piece[:rand.N(len(piece))], errCut }},
+	{"dropped", 1000, false, func(_, _ []byte) ([]byte, error) { return nil, nil }},
+	{"repeated", 50, false, func(piece, _ []byte) ([]byte, error) { return slices.Concat(piece, piece), nil }},
+	{"inserted", 50, false, func(piece, earlier []byte) ([]byte, error) { return slices.Concat(earlier, piece), nil }},
+	{"a flush replaced by an earlier one", 10, true, func(_, earlier []byte) ([]byte, error) { return earlier, nil }},
+	{"proof before the replies", 20, true, func(piece, _ []byte) ([]byte, error) {
+		proof := bytes.LastIndexByte(piece, '$')
+		return slices.Concat(piece[proof:], piece[:proof]), nil
+	}},
+}
+
+func TestNoAnswerCarriesAnothersSession(t *testing.T) { // not in parallel: it keeps the machine busy
+	total := int64(rounds(6_000, 100_000))
+	for _, tt := range stepFaults {
+		t.Run(tt.name, func(t *testing.T) {
 			r := ownRedis(t)
-			p := startProxy(t, "127.0.0.1:"+r.port)
+			p := startProxy(t, r.addr(), 0)
 			s := start(t, "REDIS_URL="+p.url())
-			s.faulty = true
+			s.expectErrors()
 			const sessions = 200
 			store := openRedisSessions(t, r.url())
 			ids, users := make([]string, sessions), make([]User, sessions)
 			for i := range sessions {
 				ids[i], users[i] = newUUID(), testUser(i)
-				if err := store.Create(t.Context(), ids[i], "", users[i], time.Hour); err != nil {
+				if err := store.Create(t.Context(), ids[i], users[i], time.Hour); err != nil {
 					t.Fatal(err)
 				}
 			}
-			var answers, right, away, left, struck atomic.Int64
-			bad := f(p)
+			var struck, asked, right, away, left atomic.Int64
+			var mu sync.Mutex // a fault is one for all connections
+			var piece []byte
+			earlier := map[int][]byte{}
 			p.set(func(reply []byte) ([]byte, error) {
-				altered, err := bad(reply)
-				if err != nil || !bytes.Equal(altered, reply) {
-					struck.Add(1)
+				mu.Lock()
+				defer mu.Unlock()
+				piece = append(piece, reply...)
+				if tt.flushes && reply[0] != '$' { // ECHO's is the last
+					return nil, nil
 				}
-				return altered, err
+				whole := piece
+				piece = nil
+				before := earlier[len(whole)]
+				earlier[len(whole)] = whole
+				if before == nil || rand.N(tt.every) > 0 {
+					return whole, nil
+				}
+				struck.Add(1)
+				return tt.strike(whole, before)
 			})
-			ask := func(int) {
-				for answers.Add(1) <= int64(total) {
+			lookUp := func(upTo int64) {
+				for asked.Add(1) <= upTo {
 					i := rand.N(sessions)
 					ctx, cancel := context.WithCancel(t.Context())
-					if one(20) { // a client that hangs up
+					if rand.N(20) == 0 { // a client that hangs up
 						time.AfterFunc(time.Duration(rand.N(1000))*time.Microsecond, cancel)
 					}
-					req, _ := http.NewRequestWithContext(ctx, "GET", s.url+"/user", nil)
-					req.Header.Set("Cookie", cookieName+"="+ids[i])
-					resp, err := s.client.Do(req)
-					if err != nil {
-						left.Add(1)
-						cancel()
-						continue
-					}
-					body, err := io.ReadAll(resp.Body)
-					resp.Body.Close()
+					status, body, err := s.lookUp(ctx, ids[i])
 					cancel()
 					switch {
 					case err != nil:
 						left.Add(1)
-					case resp.StatusCode == 200 && string(body) == userJSON(users[i]):
+					case status == 200 && body == userJSON(users[i]):
 						right.Add(1)
-					case resp.StatusCode == 503:
+					case status == 503:
 						away.Add(1)
 					default:
-						t.Errorf("status %d: %s, want %s", resp.StatusCode, body, userJSON(users[i]))
+						t.Errorf("status %d: %s, want %s", status, body, userJSON(users[i]))
 					}
 				}
 			}
-			together(64, ask) // in batches
-			answers.Add(int64(-total / 10))
-			together(1, ask) // one by one
+			var others sync.WaitGroup
+			for range 64 { // many in a flush
+				others.Go(func() { lookUp(total) })
+			}
+			s.signInAndOut(r)
+			others.Wait()
+			asked.Store(0)
+			lookUp(total / 20) // one a flush
 			t.Logf("%d right, %d times 503, %d left; %d faults", right.Load(), away.Load(), left.Load(), struck.Load())
 			if struck.Load() == 0 {
 				t.Error("no fault struck")
 			}
-			if right.Load() < int64(total/10) {
+			if right.Load() < total/10 {
 				t.Errorf("only %d of %d answered", right.Load(), total)
 			}
-			s.truthful(r)
-			r.wantEnds(t)
+			p.set(nil)
+			s.want(200, ids[0])
+			wantEnds(t, r.url())
 		})
 	}
 }
 
-// truthful signs in and out over a bad line, and checks each answer against what Redis really holds.
-func (s *service) truthful(r *redisServer) {
+// lookUp is GET /user by a client that may hang up.
+func (s *service) lookUp(ctx context.Context, id string) (status int, body string, err error) {
+	req, err := http.NewRequestWithContext(ctx, "GET", s.url+"/user", nil)
+	if err != nil {
+		return 0, "", err
+	}
+	req.Header.Set("Cookie", cookieName+"="+id)
+	resp, err := s.client.Do(req)
+	if err != nil {
+		return 0, "", err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, string(text), err
+}
+
+// signInAndOut signs in and out over a bad line, and checks each answer against what Redis really holds.
+func (s *service) signInAndOut(r *redisServer) {
 	s.Helper()
 	email := newEmail()
 	s.addAccount(email, bcrypt.MinCost)
-	for range rounds(20, 300) {
-		a := s.ask("POST", "/user/signin", credentials(email, password))
+	exists := func(id string) bool { return redisDo(s, r.url(), "EXISTS", "session:"+id) == any(int64(1)) }
+	old := newUUID()
+	for i := range rounds(20, 300) {
+		a := s.ask("POST", "/user/signin", credentials(email, password), cookie(old))
 		if a.status == 503 {
 			continue
 		}
@@ -2937,482 +4318,28 @@ func (s *service) truthful(r *redisServer) {
 			s.Fatalf("POST /user/signin: status %d: %s", a.status, a.body)
 		}
 		id := a.cookie.Value
-		if redisDo(s, r.url(), "EXISTS", "session:"+id).(int64) != 1 {
-			s.Error("a cookie for a session that does not exist")
+		if !exists(id) || exists(old) {
+			s.Errorf("signed in: the new session exists: %v, want true; the old one: %v", exists(id), exists(old))
 		}
-		if a := s.ask("DELETE", "/user/session", "", cookie(id)); a.status == 204 {
-			if redisDo(s, r.url(), "EXISTS", "session:"+id).(int64) != 0 {
-				s.Error("signed out of a session that still exists")
-			}
-			for range 3 {
-				if a := s.ask("GET", "/user", "", cookie(id)); a.status != 401 && a.status != 503 {
-					s.Errorf("a session is back after its end: status %d: %s", a.status, a.body)
-				}
-			}
-		} else if a.status != 503 {
-			s.Errorf("DELETE /user/session: status %d", a.status)
+		old = id
+		if i%2 == 0 {
+			continue
 		}
-	}
-}
-
-// --- Faults: crash
-
-func TestACrashLosesNothingThatWasAnswered(t *testing.T) {
-	each(t, func(t *testing.T, backend string) {
-		path := filepath.Join(t.TempDir(), "users.db")
-		type kept struct{ email, id string }
-		var mu sync.Mutex
-		var all []kept
-		registered, signedIn := 0, 0
-		for range rounds(3, 50) {
-			s := startProcess(t, backend, "DB_PATH="+path)
-			deadline := time.Now().Add(time.Duration(200+rand.N(600)) * time.Millisecond)
-			killed := make(chan struct{})
-			time.AfterFunc(time.Until(deadline), func() { s.faulty = true; s.cmd.Process.Kill(); close(killed) })
-			regular := newEmail()
-			s.addAccount(regular, bcrypt.MinCost)
-			together(8, func(i int) {
-				path, email, status, done := "/user/signin", regular, 200, &signedIn
-				for {
-					if i%2 == 0 {
-						path, email, status, done = "/user", newEmail(), 201, &registered
-					}
-					a, err := s.send("POST", path, credentials(email, password))
-					if err != nil {
-						return
-					}
-					if a.status == status {
-						mu.Lock()
-						all = append(all, kept{email, a.cookie.Value})
-						*done++
-						mu.Unlock()
-					}
-				}
-			})
-			<-killed
-			s.stop()
+		status := s.status("DELETE", "/user/session", "", cookie(id))
+		if status == 503 {
+			continue
 		}
-		s := startProcess(t, backend, "DB_PATH="+path)
-		for _, k := range all {
-			if a := s.want(200, k.id); !strings.Contains(a.body, k.email) {
-				t.Errorf("the session of %s is %s", k.email, a.body)
-			}
-			if s.count(`SELECT count(*) FROM users WHERE email = ?`, k.email) != 1 {
-				t.Errorf("the account of %s is lost", k.email)
-			}
+		if status != 204 || exists(id) {
+			s.Errorf("DELETE /user/session: status %d, want 204; the session exists: %v", status, exists(id))
 		}
-		s.register(newEmail())
-		db := openSQL(t, path)
-		defer db.Close()
-		var verdict string
-		if err := db.QueryRow(`PRAGMA integrity_check`).Scan(&verdict); err != nil || verdict != "ok" {
-			t.Errorf("integrity_check: %s, %v", verdict, err)
-		}
-		t.Logf("%d registrations and %d sign-ins held", registered, signedIn)
-	})
-}
-
-// --- Faults: SQLite
-
-func TestSQLiteInTrouble(t *testing.T) {
-	t.Parallel()
-	url := redisURL(t)
-	// lock begins a write to the file that does not end.
-	lock := func(t *testing.T, path string) (unlock func()) {
-		db := openSQL(t, path)
-		t.Cleanup(func() { db.Close() })
-		db.SetMaxOpenConns(1)
-		if _, err := db.Exec(`BEGIN IMMEDIATE`); err != nil {
-			t.Fatal(err)
-		}
-		return func() {
-			if _, err := db.Exec(`ROLLBACK`); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	t.Run("locked by another process", func(t *testing.T) {
-		s := start(t, "REDIS_URL="+url)
-		s.faulty = true
-		email := newEmail()
-		s.addAccount(email, 10)
-		id := s.signIn(email)
-		unlock := lock(t, s.dbPath)
-		begin := time.Now()
-		if a := s.ask("POST", "/user", credentials(newEmail(), password)); a.status != 503 || time.Since(begin) > 3*time.Second {
-			t.Errorf("POST /user: status %d after %v, want 503 within 3 s", a.status, time.Since(begin))
-		}
-		s.want(200, id)
-		s.signIn(email) // reads, and writes to Redis only
-		unlock()
-		s.register(newEmail())
-	})
-	t.Run("a hash that cannot be stored anew", func(t *testing.T) {
-		s := start(t, "REDIS_URL="+url, "BCRYPT_COST=10")
-		s.faulty = true
-		email := newEmail()
-		s.addAccount(email, bcrypt.MinCost)
-		unlock := lock(t, s.dbPath)
-		s.signIn(email)
-		s.log.find(t, "password hash not upgraded")
-		unlock()
-		s.signIn(email)
-		if n := s.count(`SELECT count(*) FROM users WHERE email = ? AND password_hash LIKE '$2a$10$%'`, email); n != 1 {
-			t.Error("nor later")
-		}
-	})
-	t.Run("disk full", func(t *testing.T) {
-		s := startProcess(t, "REDIS_URL="+url, limitEnv+"=ulimit -f 400") // blocks of 512 or 1,024 bytes
-		s.faulty = true
-		_, id := s.register(newEmail())
-		var last *reply
-		for i := 0; i < 100; i++ {
-			if last = s.ask("POST", "/user", credentials(newEmail(), password)); last.status != 201 {
-				break
-			}
-		}
-		if last.status != 503 {
-			t.Errorf("POST /user: status %d, want 503", last.status)
-		}
-		s.want(200, id)
-		accounts := s.count(`SELECT count(*) FROM users`)
-		path := s.dbPath
-		s.stop()
-		s = startProcess(t, "REDIS_URL="+url, "DB_PATH="+path)
-		s.register(newEmail())
-		if n := s.count(`SELECT count(*) FROM users`); n != accounts+1 {
-			t.Errorf("%d accounts, want %d", n, accounts+1)
-		}
-	})
-	t.Run("a file that breaks", func(t *testing.T) {
-		s := start(t, "REDIS_URL="+url)
-		s.faulty = true
-		email := newEmail()
-		s.addAccount(email, bcrypt.MinCost)
-		id := s.signIn(email)
-		s.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
-		if err := os.WriteFile(s.dbPath, bytes.Repeat([]byte("no database "), 10_000), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		for path, body := range map[string]string{"/user/signin": credentials(email, password), "/user": credentials(newEmail(), password)} {
-			if a := s.ask("POST", path, body); a.status != 503 {
-				t.Errorf("POST %s: status %d, want 503: %s", path, a.status, a.body)
-			}
-		}
-		if a := s.ask("GET", "/healthz", ""); a.status != 503 {
-			t.Errorf("GET /healthz: status %d, want 503", a.status)
-		}
-		s.want(200, id)
-	})
-	t.Run("a file that is no database", func(t *testing.T) {
-		path := filepath.Join(t.TempDir(), "users.db")
-		os.WriteFile(path, bytes.Repeat([]byte("no database "), 1000), 0o600)
-		var stderr strings.Builder
-		env := environment(t, []string{"DB_PATH=" + path})
-		code := run(t.Context(), nil, func(name string) string { return env[name] }, io.Discard, &stderr)
-		if code != 1 || !strings.Contains(stderr.String(), "not a database") || !strings.Contains(stderr.String(), path) {
-			t.Errorf("exit status %d: %s", code, &stderr)
-		}
-	})
-}
-
-// --- Faults: clients that misbehave
-
-func TestClientsThatMisbehave(t *testing.T) {
-	t.Parallel()
-	s := start(t)
-	_, id := s.register(newEmail())
-	addr := strings.TrimPrefix(s.url, "http://")
-	dial := func(t *testing.T) net.Conn {
-		c, err := net.Dial("tcp", addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { c.Close() })
-		return c
-	}
-	t.Run("2,000 idle connections", func(t *testing.T) {
-		for range 2000 {
-			dial(t)
-		}
-		s.want(200, id)
-	})
-	t.Run("what is no request, or two", func(t *testing.T) {
-		for _, tt := range []struct {
-			text     string
-			statuses []int
-		}{
-			{"GET /user HTTP/1.1\r\n\r\n", []int{400}},
-			{"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", []int{400}},
-			{"GET /user HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 64<<10) + "\r\n\r\n", []int{431}},
-			{"GET /user HTTP/1.1\r\nHost: x\r\nCookie: session-id=" + strings.Repeat("a", 8<<10) + "\r\n\r\n", []int{401}},
-			{"POST /user HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\n{}  x", []int{400}},
-			{"POST /user HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", []int{400, 501}},
-			{"POST /user HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", []int{400, 501}},
-			{"GET /user HTTP/1.1\r\nHost: x\r\nCookie: session-id=\x00\xff\r\n\r\n", []int{400, 401}},
-			{"GET /user HTTP/1.1\r\nHost : x\r\n\r\n", []int{400}},
-		} {
-			if status, _, _ := s.raw(tt.text); !slices.Contains(tt.statuses, status) {
-				t.Errorf("%.70q: status %d, want %v", tt.text, status, tt.statuses)
-			}
-		}
-		s.want(200, id)
-	})
-	t.Run("gone at every stage", func(t *testing.T) {
-		request := "POST /user HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n" + credentials(newEmail(), password)
-		for n := 0; n <= len(request); n += 7 {
-			c := dial(t)
-			io.WriteString(c, request[:n])
-			c.Close()
-		}
-		together(20, func(int) {
-			c, err := net.Dial("tcp", addr)
-			if err != nil {
-				return
-			}
-			body := credentials(newEmail(), password)
-			fmt.Fprintf(c, "POST /user HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
-			c.Close()
-		})
-		s.want(200, id)
-		s.register(newEmail())
-	})
-	t.Run("one that does not read", func(t *testing.T) {
-		s.unread()
-		s.want(200, id)
-	})
-}
-
-// unread connects and sends requests until the service can write no more answers.
-func (s *service) unread() net.Conn {
-	s.Helper()
-	c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-	if err != nil {
-		s.Fatal(err)
-	}
-	s.Cleanup(func() { c.Close() })
-	for {
-		c.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
-		if _, err := io.WriteString(c, "GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
-			return c
+		if status := s.status("GET", "/user", "", cookie(id)); status != 401 && status != 503 {
+			s.Errorf("GET /user after its end: status %d, want 401", status)
 		}
 	}
 }
 
-func TestTheEndComesInTime(t *testing.T) {
-	t.Parallel()
-	for _, tt := range []struct {
-		name            string
-		signals         int
-		atLeast, atMost time.Duration
-	}{
-		{"of draining", 1, 9 * time.Second, 14 * time.Second},
-		{"at a second signal", 2, 0, 5 * time.Second},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			s := startVariant(t, "main")
-			s.faulty = tt.signals > 1 // ended by the signal
-			s.unread()
-			begin := time.Now()
-			stopped := make(chan struct{})
-			go func() { s.stop(); close(stopped) }()
-			s.log.find(t, "shutting down")
-			if tt.signals > 1 {
-				eventually(t, 8*time.Second, "the end", func() bool { // the first may still be at work
-					s.cmd.Process.Signal(syscall.SIGTERM)
-					select {
-					case <-stopped:
-						return true
-					default:
-						return false
-					}
-				})
-			}
-			<-stopped
-			if tt.signals == 1 {
-				s.log.find(t, "requests cut off")
-			}
-			if d := time.Since(begin); d < tt.atLeast || d > tt.atMost {
-				t.Errorf("ended after %v, want %v to %v", d, tt.atLeast, tt.atMost)
-			}
-		})
-	}
-}
-
-// pipes is a listener of connections within the process, which know the virtual time of a synctest bubble.
-type pipes struct {
-	conns chan net.Conn
-	ended context.Context
-	end   context.CancelFunc
-}
-
-func (p *pipes) Addr() net.Addr { return &net.TCPAddr{} }
-func (p *pipes) Close() error   { p.end(); return nil }
-
-func (p *pipes) Accept() (net.Conn, error) {
-	select {
-	case c := <-p.conns:
-		return c, nil
-	case <-p.ended.Done():
-		return nil, net.ErrClosed
-	}
-}
-
-// noticed is a connection that says when it is closed.
-type noticed struct {
-	net.Conn
-	closed chan time.Time
-}
-
-func (c *noticed) Close() error {
-	select {
-	case c.closed <- time.Now():
-	default: // not for the first time
-	}
-	return c.Conn.Close()
-}
-
-func TestClientsHaveTheirTime(t *testing.T) {
-	body := credentials("nobody@example.com", password)
-	head := fmt.Sprintf("POST /user/signin HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", len(body))
-	for name, tt := range map[string]struct {
-		sent, slowly string        // at once, then a byte a second
-		unread       bool          // by the client
-		busy         time.Duration // with another's bcrypt
-		cutAfter     time.Duration
-		answer       string
-	}{
-		"for the first byte":   {cutAfter: 5 * time.Second},
-		"for headers":          {sent: "GET /user HTTP/1.1\r\nX: ", slowly: strings.Repeat("x", 100), cutAfter: 5 * time.Second},
-		"for a body":           {sent: head, slowly: body, cutAfter: 10 * time.Second, answer: "HTTP/1.1 400 "},
-		"for idling":           {sent: "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", cutAfter: 2 * time.Minute, answer: "HTTP/1.1 200 "},
-		"to read the answer":   {sent: "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", unread: true, cutAfter: 30 * time.Second},
-		"for a body and queue": {sent: head + body[:len(body)-9], slowly: body[len(body)-9:], busy: 12 * time.Second, cutAfter: 12*time.Second + 2*time.Minute, answer: "HTTP/1.1 401 "},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				ctx, stop := context.WithCancel(t.Context())
-				listener := &pipes{conns: make(chan net.Conn)}
-				listener.ended, listener.end = context.WithCancel(t.Context())
-				log := slog.New(slog.DiscardHandler)
-				gate := newGate(1)
-				if tt.busy > 0 {
-					gate.enter(ctx)
-					time.AfterFunc(tt.busy, func() { gate.leave(time.Now()) })
-				}
-				s := newServer(config{bcryptCost: bcrypt.MinCost}, openTestDatabase(t), &mapSessions{}, gate, new(expvar.Map), log)
-				served := make(chan error)
-				go func() { served <- serveHTTP(ctx, listener, s, log) }()
-				client, server := net.Pipe()
-				closed := make(chan time.Time, 1)
-				begin := time.Now()
-				listener.conns <- &noticed{server, closed}
-				go func() {
-					io.WriteString(client, tt.sent)
-					for _, b := range []byte(tt.slowly) {
-						time.Sleep(time.Second)
-						client.Write([]byte{b})
-					}
-				}()
-				answer := make(chan []byte, 1)
-				if !tt.unread {
-					go func() {
-						text, _ := io.ReadAll(client)
-						answer <- text
-					}()
-				}
-				if d := (<-closed).Sub(begin); d < tt.cutAfter || d > tt.cutAfter+time.Second {
-					t.Errorf("cut after %v, want %v", d, tt.cutAfter)
-				}
-				if !tt.unread {
-					if text := <-answer; !bytes.HasPrefix(text, []byte(tt.answer)) {
-						t.Errorf("answer %q, want %q", text, tt.answer)
-					}
-				}
-				client.Close()
-				stop()
-				if synctest.Wait(); listener.ended.Err() == nil {
-					t.Error("told to stop, it accepts connections")
-				}
-				if err := <-served; err != nil {
-					t.Error(err)
-				}
-				time.Sleep(time.Hour) // whatever has not ended does
-			})
-		})
-	}
-}
-
-const limitEnv = "TEST_LIMIT" // a shell command that limits the process
-
-func TestMoreConnectionsThanFileDescriptors(t *testing.T) {
-	t.Parallel()
-	s := startProcess(t, limitEnv+"=ulimit -n 60")
-	s.faulty = true
-	_, id := s.register(newEmail())
-	var conns []net.Conn
-	for range 200 {
-		c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		conns = append(conns, c)
-	}
-	s.want(200, id) // on the connection it had
-	for _, c := range conns {
-		c.Close()
-	}
-	s.client.CloseIdleConnections()
-	s.want(200, id)
-	s.register(newEmail())
-}
-
-// --- Faults: guessing
-
-func TestGuessing(t *testing.T) {
-	t.Parallel()
-	s := startProcess(t, "DEBUG_ADDR=127.0.0.1:0", "TRUSTED_PROXIES=127.0.0.0/8")
-	email := newEmail()
-	s.addAccount(email, bcrypt.MinCost)
-	open := s.signIn(email)
-	tries := rounds(300, 10_000)
-	guess := func(from func(i int) string) (refused, throttled int64) {
-		var next, r, th atomic.Int64
-		together(8, func(int) {
-			for i := next.Add(1); i <= int64(tries); i = next.Add(1) {
-				switch a := s.ask("POST", "/user/signin", credentials(email, "guess"+strconv.Itoa(int(i))), "X-Forwarded-For: "+from(int(i))); a.status {
-				case 401:
-					r.Add(1)
-				case 429:
-					th.Add(1)
-				default:
-					t.Errorf("status %d: %s", a.status, a.body)
-				}
-			}
-		})
-		return r.Load(), th.Load()
-	}
-	begin := time.Now()
-	rounds := s.metric("bcryptRounds")
-	one, _ := guess(func(int) string { return "192.0.2.1" })
-	minutes := int64(time.Since(begin)/time.Minute) + 1
-	if one < 10 || one > 10+minutes {
-		t.Errorf("from one address: %d of %d guesses were tried, want 10 and one a minute", one, tries)
-	}
-	many, throttled := guess(func(i int) string { return fmt.Sprintf("198.51.%d.%d", i>>8, i&255) })
-	minutes = int64(time.Since(begin)/time.Minute) + 1
-	if many < 85 || many > 100+10*minutes {
-		t.Errorf("from everywhere: %d of %d guesses were tried, want 100 and ten a minute", many, tries)
-	}
-	if spent, want := s.metric("bcryptRounds")-rounds, float64((one+many)<<bcrypt.MinCost); spent != want {
-		t.Errorf("%v rounds of bcrypt were spent, want %v: a refused try costs none", spent, want)
-	}
-	s.want(200, open)
-	t.Logf("one address: %d tried; everywhere: %d tried, %d refused", one, many, throttled)
-}
-
-// --- Faults: rolling out and failing over
+// ---------------------------------------------------------------------------------------------------
+// Faults: failing over.
 
 func TestTwoInstancesOnOneRedis(t *testing.T) {
 	t.Parallel()
@@ -3426,691 +4353,1473 @@ func TestTwoInstancesOnOneRedis(t *testing.T) {
 	a.want(401, id)
 }
 
-func TestRollingOutLosesNoRequest(t *testing.T) {
-	t.Parallel()
-	for range rounds(2, 20) {
-		s := startVariant(t, "main", "REDIS_URL="+redisURL(t), "BCRYPT_COST=10")
-		_, id := s.register(newEmail())
-		var answered, lost atomic.Int64
-		var ready sync.WaitGroup
-		ready.Add(32)
-		go func() {
-			ready.Wait()
-			s.stop()
-		}()
-		together(32, func(int) {
-			client := newClient() // with a connection of its own
-			for i := 0; ; i++ {
-				req, _ := http.NewRequest("GET", s.url+"/user", nil)
-				req.Header.Set("Cookie", cookieName+"="+id)
-				resp, err := client.Do(req)
-				if i == 20 {
-					ready.Done()
-				}
-				if err != nil {
-					lost.Add(1) // a connection answered its last request with Connection: close, so this is a new one
-					return
-				}
-				io.Copy(io.Discard, resp.Body)
-				resp.Body.Close()
-				if answered.Add(1); resp.StatusCode != 200 {
-					t.Errorf("status %d", resp.StatusCode)
-				}
-				if resp.Close {
-					return
-				}
-			}
-		})
-		if lost.Load() > 0 {
-			t.Errorf("%d requests on open connections were lost, %d answered", lost.Load(), answered.Load())
-		}
-		s.stop()
-	}
-}
-
 func TestSentinelsNameThePrimary(t *testing.T) {
 	t.Parallel()
-	primary, replica := ownRedis(t), ownRedis(t)
-	redisDo(t, replica.url(), "REPLICAOF", "127.0.0.1", primary.port)
-	var addrs []string
+	host := ownRedisHost(t)
+	primary := host.start(t)
+	replica := host.start(t, "--replicaof", "127.0.0.1 "+primary.port)
+	url := "REDIS_URL=redis-sentinel://127.0.0.1:" + freePort() // nobody is there
+	var sentinels []*redisServer
 	for range 3 {
-		port, dir := freePort(t), t.TempDir()
-		conf := filepath.Join(dir, "sentinel.conf")
-		text := fmt.Sprintf("port %s\nbind 127.0.0.1\ndir %s\nsentinel monitor accounts 127.0.0.1 %s 2\n"+
-			"sentinel down-after-milliseconds accounts 500\nsentinel failover-timeout accounts 3000\n", port, dir, primary.port)
-		if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		sentinel := launchRedis(t, dir, port, "--sentinel", conf)
-		t.Cleanup(sentinel.kill)
-		addrs = append(addrs, "127.0.0.1:"+port)
+		sentinel := host.startSentinel(t, "sentinel monitor accounts 127.0.0.1 "+primary.port+" 2",
+			"sentinel down-after-milliseconds accounts 500", "sentinel failover-timeout accounts 3000")
+		sentinels = append(sentinels, sentinel)
+		url += "," + sentinel.addr()
 	}
-	sentinel := "redis://" + addrs[0]
-	for _, addr := range addrs {
-		eventually(t, 20*time.Second, "the sentinels know each other and the replica", func() bool {
-			info, _ := redis.String(redisDo(t, "redis://"+addr, "INFO", "sentinel"), nil)
+	for _, sentinel := range sentinels {
+		eventually(t, 30*time.Second, "the sentinels know each other and the replica", func() bool {
+			info, _ := redis.String(sentinel.do(t, "INFO", "sentinel"), nil)
 			return strings.Contains(info, "slaves=1,sentinels=3")
 		})
 	}
-	s := start(t, "REDIS_URL=redis-sentinel://127.0.0.1:"+freePort(t)+","+strings.Join(addrs, ",")+"/accounts/0")
-	s.faulty = true
-	email := newEmail()
-	s.addAccount(email, bcrypt.MinCost)
-	ids := make([]string, 50)
-	for i := range ids {
-		ids[i] = s.signIn(email)
-	}
-	redisDo(t, primary.url(), "WAIT", 1, 5000)
+	s := start(t, url+"/accounts/0")
+	s.expectErrors()
+	user, id := s.register(newEmail())
+	primary.do(t, "WAIT", 1, 5000)
 	primary.kill()
-	killed := time.Now()
-	var elected, back time.Duration
-	statuses := map[int]int{}
-	for back == 0 && time.Since(killed) < 30*time.Second {
-		a := s.ask("GET", "/user", "", cookie(ids[rand.N(len(ids))]))
-		statuses[a.status]++
-		if elected == 0 {
-			addr, _ := redis.Strings(redisDo(t, sentinel, "SENTINEL", "get-master-addr-by-name", "accounts"), nil)
-			if len(addr) == 2 && addr[1] == replica.port {
-				elected = time.Since(killed)
-			}
-		}
-		if elected > 0 && a.status == 200 {
-			back = time.Since(killed)
-		}
+	answers := map[int]int{}
+	eventually(t, time.Minute, "another primary is elected", func() bool {
+		answers[s.status("GET", "/user", "", cookie(id))]++
+		reply := sentinels[0].do(t, "SENTINEL", "get-master-addr-by-name", "accounts")
+		addr, _ := redis.Strings(reply, nil)
+		return len(addr) == 2 && addr[1] == replica.port
+	})
+	s.wantBack(200, "/user", cookie(id))
+	if delete(answers, 200); len(answers) != 1 || answers[503] == 0 {
+		t.Errorf("answers by status: %v, want 503 only until it is elected", answers)
 	}
-	if len(statuses) != 2 || statuses[200] == 0 || statuses[503] == 0 {
-		t.Errorf("answers by status: %v, want 200 and 503 only", statuses)
+	s.want(200, s.signIn(user.Email))
+	for _, sentinel := range sentinels {
+		sentinel.kill()
 	}
-	if back == 0 || back-elected > 2*time.Second {
-		t.Errorf("elected after %v, back after %v, want 2 s later at most", elected, back)
-	}
-	for _, id := range ids {
-		s.want(200, id)
-	}
-	s.want(200, s.signIn(email))
-	t.Logf("elected after %v, back %v later; answers by status: %v", elected, back-elected, statuses)
+	s.want(200, s.signIn(user.Email))
+	s.want(200, id)
 }
 
 func TestASentinelThatKnowsLessIsPassedOver(t *testing.T) {
-	primary, replica := ownRedis(t), ownRedis(t)
-	redisDo(t, replica.url(), "REPLICAOF", "127.0.0.1", primary.port)
-	sentinel := func(answer string) (addr string) {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { l.Close() })
-		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					return
-				}
-				c.Read(make([]byte, 1000))
-				io.WriteString(c, answer)
-				c.Close()
+	t.Parallel()
+	says := func(role string) string {
+		f := startFakeRedis(t, func(command []string) string {
+			if command[0] == "ROLE" {
+				return role
 			}
-		}()
-		return l.Addr().String()
+			return plainReply(command)
+		})
+		return primaryAt(f.addr)
 	}
-	at := func(port string) string {
-		return fmt.Sprintf("*2\r\n$9\r\n127.0.0.1\r\n$%d\r\n%s\r\n", len(port), port)
+	right := fakeSentinel(t, says(plainReply([]string{"ROLE"}))).addr
+	for name, reply := range map[string]string{
+		"has not heard of the failover":          says("*1\r\n$5\r\nslave\r\n"),
+		"names one that says nothing":            says(""),
+		"names one that does not tell its role":  says("-NOPERM\r\n"),
+		"names one with a role of another shape": says("*0\r\n"),
+		"names one that is away":                 primaryAt("127.0.0.1:" + freePort()),
+		"knows none of the name":                 "*-1\r\n",
+		"refuses":                                "-NOAUTH\r\n",
+		"answers in another shape":               "*1\r\n$1\r\nx\r\n",
+		"answers something huge":                 "$1000000000\r\n",
+		"hangs up":                               cutOff,
+		"says nothing":                           "",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			behind := "redis-sentinel://" + fakeSentinel(t, reply).addr
+			for url, want := range map[string]error{
+				behind + "/accounts":               errUnavailable,
+				behind + "," + right + "/accounts": nil,
+			} {
+				began := time.Now()
+				err := openRedisSessions(t, url).Ping(t.Context())
+				if took := time.Since(began); !errors.Is(err, want) || took > 3*time.Second {
+					t.Errorf("%s: %v after %v, want %v within 3 s", url, err, took, want)
+				}
+			}
+		})
 	}
-	hasNotHeard, knowsNone, refuses := sentinel(at(replica.port)), sentinel("*-1\r\n"), sentinel("-NOAUTH\r\n")
-	behind := "redis-sentinel://" + strings.Join([]string{hasNotHeard, knowsNone, refuses}, ",")
-	target, _ := parseRedisURL(behind + "/accounts")
-	store := newRedisSessions(target, new(expvar.Map))
-	if err := store.Ping(t.Context()); !errors.Is(err, errUnavailable) || strings.Count(err.Error(), "primary") != 3 {
-		t.Errorf("no sentinel knows the primary: %v", err)
-	}
-	store = openRedisSessions(t, behind+","+sentinel(at(primary.port))+"/accounts")
-	if err := store.Delete(t.Context(), newUUID()); err != nil {
-		t.Errorf("the last sentinel knows it: %v", err)
-	}
+	t.Run("more that say nothing than one dial can ask", func(t *testing.T) {
+		t.Parallel()
+		silent := fakeSentinel(t, "").addr
+		url := "redis-sentinel://" + strings.Repeat(silent+",", 5) + right + "/accounts"
+		store := openRedisSessions(t, url)
+		eventually(t, 20*time.Second, "the sentinel that answers is asked", func() bool {
+			return store.Ping(t.Context()) == nil
+		})
+		connOf(store).fail(errCut, nil)
+		before := store.metrics()["redis dials"]
+		if err := store.Ping(t.Context()); err != nil || store.metrics()["redis dials"] != before+1 {
+			t.Errorf("Ping: %v, want that the sentinel that answered last is asked first", err)
+		}
+	})
 }
 
 func TestRedisOverTLSWithAPrivateCA(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	cert, key := certificate(t, dir)
-	tlsPort := freePort(t)
-	ownRedis(t, "--tls-port", tlsPort, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-auth-clients", "no")
-	s := startProcess(t, "REDIS_URL=rediss://localhost:"+tlsPort, "SSL_CERT_FILE="+cert)
+	issuer := httptest.NewTLSServer(nil) // for its certificate, which is its own authority
+	issuer.Close()
+	key, err := x509.MarshalPKCS8PrivateKey(issuer.TLS.Certificates[0].PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyPEM := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})
+	certificate := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: issuer.Certificate().Raw})
+	host := ownRedisHost(t)
+	port := host.port()
+	host.start(t, "--tls-port", port, "--tls-auth-clients", "no",
+		"--tls-cert-file", host.write(t, "cert.pem", certificate), "--tls-key-file", host.write(t, "key.pem", keyPEM))
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(file, certificate, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := startProcess(t, "REDIS_URL=rediss://127.0.0.1:"+port, "SSL_CERT_FILE="+file)
 	_, id := s.register(newEmail())
 	s.want(200, id)
-	other := startProcess(t, "REDIS_URL=rediss://localhost:"+tlsPort) // does not know the CA
-	other.faulty = true
-	if a := other.ask("GET", "/user", "", cookie(id)); a.status != 503 {
-		t.Errorf("over a certificate that nobody vouches for: status %d, want 503", a.status)
-	}
-	if line := other.log.find(t, "store out of reach"); !strings.Contains(line["err"].(string), "certificate") {
-		t.Errorf("log line %v, want the cause", line)
+	other := startProcess(t, "REDIS_URL=rediss://127.0.0.1:"+port) // does not know the CA
+	other.expectErrors()
+	other.want(503, id)
+	line := other.log.find(t, "store out of reach")
+	if cause, _ := line["err"].(string); !strings.Contains(cause, "certificate") {
+		t.Errorf("line %v, want the cause", line)
 	}
 }
 
-// certificate makes a self-signed certificate for localhost.
-func certificate(t *testing.T, dir string) (certFile, keyFile string) {
+func TestRedisURLs(t *testing.T) {
+	for url, want := range map[string]struct {
+		addrs string
+		shown string
+	}{
+		"redis://localhost":                           {"localhost:6379", "redis://localhost:6379/0"},
+		"redis://h:7/":                                {"h:7", "redis://h:7/0"},
+		"redis://u:p%40w@h:7/2":                       {"h:7", "redis://h:7/2"},
+		"redis://:p:w@h/15":                           {"h:6379", "redis://h:6379/15"},
+		"redis://:@h":                                 {"h:6379", "redis://h:6379/0"},
+		"redis://u:@h":                                {"h:6379", "redis://h:6379/0"},
+		"rediss://u%40x:p%2Fw@[::1]":                  {"[::1]:6379", "rediss://[::1]:6379/0"},
+		"rediss://[fe80::1%25eth0]":                   {"[fe80::1%eth0]:6379", "rediss://[fe80::1%25eth0]:6379/0"},
+		"redis-sentinel://a:1,b,c:3/mymaster":         {"a:1 b:26379 c:3", "redis-sentinel://a:1,b:26379,c:3/mymaster"},
+		"redis-sentinel://u:p@a/my-master.1/3":        {"a:26379", "redis-sentinel://a:26379/my-master.1/3"},
+		"redis-sentinel://a:26379,[fd00::1]:26379/7/": {"a:26379 [fd00::1]:26379", "redis-sentinel://a:26379,[fd00::1]:26379/7"},
+	} {
+		got, err := parseRedisURL(url)
+		if err != nil || strings.Join(got.addrs, " ") != want.addrs || got.String() != want.shown {
+			t.Errorf("%s: %v, %v, want %v", url, got, err, want)
+		}
+	}
+	for _, url := range []string{
+		"", "localhost:6379", "http://h", "redis://", "redis://:6379", "redis://ho st:6379", "redis://h:0", "redis://h:65536",
+		"redis://h:s3cret", "redis://a,b", "redis://h/s3cret", "redis://:s3cret%40h:6379/0x", "redis://h/0?db=s3cret",
+		"redis://h/-1", "redis://u:s3cret%@h", "redis://h#s3cret", "redis://s3cret@h", "redis://u:s3c@s3cret@h", "redis://::1",
+		"redis://h:6379:", "redis-sentinel://h", "redis-sentinel://h/", "redis-sentinel://h,/m", "redis-sentinel://h/m/s3cret",
+		"redis-sentinel:///m", "redis-sentinel://u:26/s3cret@h:1/1",
+	} {
+		if got, err := parseRedisURL(url); err == nil || strings.Contains(err.Error(), "s3cret") {
+			t.Errorf("%s: %v, %v, want an error that tells nothing", url, got, err)
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------
+// store.go
+
+// originalDDL is what prisma migrate wrote, to the letter.
+const originalDDL = `CREATE TABLE "users" (
+    "id" TEXT NOT NULL PRIMARY KEY,
+    "name" TEXT NOT NULL,
+    "email" TEXT NOT NULL,
+    "password" TEXT NOT NULL,
+    "createdAt" DATETIME NOT NULL DEFAULT CURRENT_TIMESTAMP,
+    "updateAt" DATETIME NOT NULL
+);
+CREATE UNIQUE INDEX "users_email_key" ON "users"("email");
+`
+
+// millis is how Prisma's engine writes a time, and millisTime how that is answered.
+const (
+	millis     = int64(1743364800123)
+	millisTime = "2025-03-30T20:00:00.123Z"
+)
+
+// originalFile makes a file as another program would, with accounts whose ids are their emails. What it
+// returns is no service, but has its exec and query.
+func originalFile(t testing.TB, ddl string, emails ...string) *service {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	file := &service{TB: t, dbPath: filepath.Join(t.TempDir(), "dev.db")}
+	file.exec(ddl)
+	for _, email := range emails {
+		file.exec(`INSERT INTO users VALUES (?1, 'Ada', ?1, ?2, ?3, ?3)`,
+			email, hashOf(t, password, bcrypt.MinCost), millis)
+	}
+	return file
+}
+
+func TestEveryAccountOfTheOriginalSignsInAsItDid(t *testing.T) {
+	t.Parallel()
+	const epoch = "1970-01-01T00:00:00.000Z"
+	file := originalFile(t, originalDDL)
+	accounts := []struct {
+		id, email, password, prefix string // "": what is usual
+		cost                        int
+		created, updated            any
+		createdAt, updateAt         string // as answered; "": millisTime
+	}{
+		{id: "engine"},
+		{id: "drivers", updated: "2025-03-30T20:00:00.123+00:00"},
+		{id: "person", created: "2025-03-30 20:00:00", createdAt: testTime},
+		{id: "others", created: "2025-03-30T20:00:00Z", updated: "2025-03-30T22:00:00.1234+02:00", createdAt: testTime},
+		{id: "early", created: -1, createdAt: "1969-12-31T23:59:59.999Z"},
+		{id: "no created", created: "yesterday"},
+		{id: "no updated", created: "2025-03-30 20:00:00", updated: "", createdAt: testTime, updateAt: testTime},
+		{id: "no dates", created: []byte{0xff, 0}, updated: "31/03/2025", createdAt: epoch, updateAt: epoch},
+		{id: "far future", created: int64(1 << 62), updated: 1e300, createdAt: epoch, updateAt: epoch},
+		{id: "strong", cost: 5}, {id: "stronger", cost: 6, prefix: "$2a$"},
+		{id: "2a", prefix: "$2a$"}, {id: "2y", prefix: "$2y$"},
+		{id: "1 character", password: "x"}, {id: "spaces", password: "      "},
+		{id: "92 bytes", password: strings.Repeat("pässwörter ", 7) + "x"},
+		{id: "with NUL", password: "\x00nul\x00inside"},
+		{id: "umlauts", email: "ÄÖ@example.com"}, {id: "padded", email: " padded@example.com "},
+		{id: "endless", email: strings.Repeat("endless", 1000)},
+	}
+	for i := range accounts {
+		a := &accounts[i]
+		a.email = cmp.Or(a.email, a.id+"@Example.com")
+		a.password = cmp.Or(a.password, password)
+		hash := hashOf(t, a.password[:min(len(a.password), maxPassword)], cmp.Or(a.cost, bcrypt.MinCost))
+		file.exec(`INSERT INTO users VALUES (?1, 'Ünï Cödé ', ?2, ?3, coalesce(?4, ?6), coalesce(?5, ?6))`,
+			a.id, a.email, cmp.Or(a.prefix, "$2b$")+hash[4:], a.created, a.updated, millis)
+	}
+	file.exec(`INSERT INTO users VALUES ('empty', '', 'empty@example.com', ?, 0, 0)`, hashOf(t, "", bcrypt.MinCost))
+	const rows = `SELECT group_concat(concat_ws(' ', rowid, quote(id), quote(name), quote(email), quote(createdAt),
+		quote(updateAt), iif(id IN ('strong', 'stronger', 'empty'), password, '')), char(10)) FROM users`
+	before := query[string](file, rows)
+	s := startWith(t, func(cfg *config) { cfg.server.bcryptCost = 5 }, "DB_PATH="+file.dbPath)
+	for range 2 { // the second time with the hash as it was upgraded
+		for _, a := range accounts {
+			user := User{a.id, "Ünï Cödé ", a.email, cmp.Or(a.createdAt, millisTime), cmp.Or(a.updateAt, millisTime)}
+			want := userJSON(user)
+			got := s.ask("POST", "/user/signin", credentials(a.email, a.password))
+			if got.status != 200 || got.body != want {
+				t.Errorf("POST /user/signin of %s: status %d, %s, want 200, %s", a.id, got.status, got.body, want)
+			} else if got := s.want(200, got.cookie.Value); got.body != want {
+				t.Errorf("GET /user of %s: %s, want %s", a.id, got.body, want)
+			}
+		}
+		eventually(t, 30*time.Second, "all weak hashes are upgraded", func() bool {
+			return query[int](s, `SELECT count(*) FROM users WHERE password LIKE '$2_$04$%' AND id <> 'empty'`) == 0
+		})
+	}
+	nuls := strings.Repeat("\x00", 100)
+	for typed, status := range map[string]int{"cobol": 401, "": 400, nuls[:1]: 400, nuls[:72] + "x": 400, nuls: 400} {
+		if a := s.ask("POST", "/user/signin", credentials("empty@example.com", typed)); a.status != status {
+			t.Errorf("POST /user/signin with %q for no password: status %d, want %d", typed, a.status, status)
+		}
+	}
+	if after := query[string](s, rows); after != before {
+		t.Errorf("rows were rewritten:\n%s\nwant\n%s", after, before)
+	}
+}
+
+func TestWhatAnEmailMeans(t *testing.T) {
+	t.Parallel()
+	stored := []string{"Grace@Example.com", "GRACE@example.com", "Ada@Example.com", "ada@example.com", " Bob@example.com",
+		"bob@example.com", "Old@Example.com", "ÄÖ@example.com", " padded@example.com ", "not an address"}
+	s := start(t, "DB_PATH="+originalFile(t, originalDDL, stored...).dbPath)
+	db, err := openDatabase(s.dbPath)
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"localhost"}, IsCA: true, BasicConstraintsValid: true,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
-	cert, err := x509.CreateCertificate(crand.Reader, template, template, &key.PublicKey, key)
-	if err != nil {
+	defer db.Close()
+	for _, tt := range []struct {
+		typed    string
+		account  string // that it signs in
+		register int    // the status; later rows meet the accounts of earlier ones
+	}{
+		{"Grace@Example.com", "Grace@Example.com", 409}, // two that differ by case only: each by its own typing
+		{"GRACE@example.com", "GRACE@example.com", 409},
+		{"grace@example.com", "", 409},
+		{"Ada@Example.com", "Ada@Example.com", 409}, // as typed before normalized
+		{" Bob@example.com", " Bob@example.com", 409},
+		{"ADA@EXAMPLE.COM", "ada@example.com", 409}, // normalized before in any case
+		{"\tada@example.com\n", "ada@example.com", 409},
+		{" OLD@example.COM ", "Old@Example.com", 409},
+		{"ÄÖ@example.com", "ÄÖ@example.com", 409},
+		{"ÄÖ@Example.com", "", 201}, // SQLite knows the case of ASCII only
+		{"äö@example.com", "äö@example.com", 409},
+		{" padded@example.com ", " padded@example.com ", 409},
+		{"padded@example.com", "", 201}, // the original does not trim
+		{"not an address", "not an address", 400},
+		{"not%address", "", 400},
+	} {
+		a := s.ask("POST", "/user/signin", credentials(tt.typed, password))
+		var signedIn User
+		json.Unmarshal([]byte(a.body), &signedIn)
+		if signedIn.Email != tt.account || tt.account == "" && a.status != 401 {
+			t.Errorf("POST /user/signin %q: status %d, account %q, want %q", tt.typed, a.status, signedIn.Email, tt.account)
+		}
+		if a := s.ask("POST", "/user", credentials(tt.typed, password)); a.status != tt.register {
+			t.Errorf("POST /user %q: status %d, want %d: %s", tt.typed, a.status, tt.register, a.body)
+		}
+		if tt.register == 400 {
+			continue
+		}
+		user := testUser(1)
+		user.Email = normalizeEmail(tt.typed)
+		if err := db.InsertUser(t.Context(), user, tt.typed, "hash"); !errors.Is(err, errEmailTaken) {
+			t.Errorf("InsertUser %q: %v, want errEmailTaken", tt.typed, err)
+		}
+	}
+	if n := query[int](s, `SELECT count(*) FROM users`); n != len(stored)+2 {
+		t.Errorf("%d accounts, want %d", n, len(stored)+2)
+	}
+}
+
+func TestAnEmailRegistersOnceInAnyCase(t *testing.T) {
+	each(t, func(t *testing.T, backend string) {
+		s := start(t, backend)
+		for round := range rounds(3, 100) {
+			email := newEmail()
+			forms := []string{email, strings.ToUpper(email), " " + email + " ", strings.Replace(email, "u", "U", 1)}
+			statuses := make([]int, 8)
+			together(len(statuses), func(i int) {
+				statuses[i] = s.status("POST", "/user", credentials(forms[i%len(forms)], password))
+			})
+			slices.Sort(statuses)
+			if !slices.Equal(statuses, []int{201, 409, 409, 409, 409, 409, 409, 409}) {
+				t.Errorf("POST /user: statuses %v, want 201 once and else 409", statuses)
+			}
+			if n := query[int](s, `SELECT count(*) FROM users`); n != round+1 {
+				t.Errorf("%d accounts, want %d", n, round+1)
+			}
+			if backend == "REDIS_URL=" {
+				eventually(t, 20*time.Second, "those who lost leave no session", func() bool {
+					return query[int](s, `SELECT count(*) FROM sessions`) == round+1
+				})
+			}
+		}
+	})
+}
+
+func TestNewFilesAndRowsAreWhatPrismaMakes(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	made := query[string](s, `SELECT group_concat(sql || char(59, 10), '') FROM
+		(SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid LIMIT 2)`)
+	if made != originalDDL {
+		t.Errorf("the file begins with\n%swant\n%s", made, originalDDL)
+	}
+	user, _ := s.register(" New@Example.com ")
+	got := query[string](s, `SELECT concat_ws(' ', id, quote(name), quote(email), quote(createdAt), quote(updateAt),
+		substr(password, 1, 3)) FROM (SELECT * FROM users WHERE email = ?)`, "new@example.com")
+	created, _ := time.Parse(timeFormat, user.CreatedAt)
+	// quote leaves integers as they are.
+	want := fmt.Sprintf("%s 'Ada Lovelace' 'new@example.com' %[2]d %[2]d $2a", user.ID, created.UnixMilli())
+	if got != want {
+		t.Errorf("Prisma reads %s, want %s", got, want)
+	}
+}
+
+// TestBothProgramsShareOneFile has the original write to its file, from connections of another process that know
+// nothing of WAL, while two processes of the service start on it, register and sign in.
+func TestBothProgramsShareOneFile(t *testing.T) {
+	t.Parallel()
+	file := originalFile(t, originalDDL+`CREATE TABLE "_prisma_migrations" (id TEXT NOT NULL PRIMARY KEY)`)
+	original := openSQL(t, file.dbPath)
+	defer original.Close()
+	var accounts sync.Map // by email, those that either program answered
+	var theirs atomic.Value
+	register := func() error { // as the original does
+		email := "Original." + newEmail()
+		hash, err := bcrypt.GenerateFromPassword([]byte(password), bcrypt.MinCost+2)
+		if err == nil {
+			_, err = original.Exec(`INSERT INTO users VALUES (?, 'Ada', ?, ?, ?, '2025-03-30T20:00:00.123+00:00')`,
+				newUUID(), email, "$2b$"+string(hash[4:]), millis)
+		}
+		if err == nil {
+			accounts.Store(email, true)
+			theirs.Store(email)
+		}
+		return err
+	}
+	if err := register(); err != nil {
 		t.Fatal(err)
 	}
-	private, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
+	ctx, done := context.WithCancel(t.Context())
+	var writing sync.WaitGroup
+	stop := func() {
+		done()
+		writing.Wait()
 	}
-	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
-	for file, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: cert}, keyFile: {Type: "PRIVATE KEY", Bytes: private}} {
-		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+	defer stop()
+	for range 2 {
+		writing.Go(func() {
+			for ctx.Err() == nil {
+				if err := register(); err != nil {
+					t.Errorf("the original registers: %v", err)
+				}
+			}
+		})
+	}
+	services := []*service{startProcess(t, "DB_PATH="+file.dbPath), startProcess(t, "DB_PATH="+file.dbPath)}
+	together(2, func(i int) {
+		for range rounds(3, 50) {
+			email := newEmail()
+			a, err := services[i].send("POST", "/user", credentials(email, password))
+			if err != nil || a.status != 201 {
+				t.Errorf("POST /user: %v, %v, want 201", a, err)
+				return
+			}
+			accounts.Store(email, true)
+			other := services[1-i]
+			other.want(200, a.cookie.Value)
+			for _, email := range []string{email, theirs.Load().(string)} {
+				if status := other.status("POST", "/user/signin", credentials(email, password)); status != 200 {
+					t.Errorf("POST /user/signin %s: status %d, want 200", email, status)
+				}
+			}
+		}
+	})
+	services[0].stop() // while the original writes
+	stop()
+	services[1].stop()
+	file.holds(&accounts)
+}
+
+// holds checks that the file is whole and that the original's query finds each of these accounts, once.
+func (s *service) holds(accounts *sync.Map) {
+	s.Helper()
+	if verdict := query[string](s, `PRAGMA integrity_check`); verdict != "ok" {
+		s.Errorf("integrity_check: %s", verdict)
+	}
+	for email := range accounts.Range {
+		if query[int](s, `SELECT count(*) FROM (SELECT * FROM users WHERE email = ?)`, email) != 1 {
+			s.Errorf("the account of %s is lost", email)
+		}
+	}
+}
+
+func TestFilesOfOtherProgramsAreLeftAsTheyWere(t *testing.T) {
+	t.Parallel()
+	with := func(old, new string) string { return strings.Replace(originalDDL, old, new, 1) }
+	for name, tt := range map[string]struct {
+		ddl     string
+		message []string // none: the file is taken
+	}{
+		"other columns":        {`CREATE TABLE users (uid INTEGER, mail TEXT)`, []string{"users", `"id"`}},
+		"a column missing":     {with(`"updateAt" DATETIME NOT NULL`, `"seenAt" DATETIME`), []string{"users", `"updateAt"`}},
+		"a column to be fed":   {with(`"name"`, `"role" TEXT NOT NULL, "name"`), []string{"users", `"role"`}},
+		"columns to leave out": {with(`"name"`, `"age" INT, "role" TEXT NOT NULL DEFAULT 'user', "name"`), nil},
+		"others' sessions":     {originalDDL + `CREATE TABLE sessions (sid TEXT)`, []string{"sessions", `"id_hash"`}},
+		"an email twice": {with(`CREATE UNIQUE`, `INSERT INTO users VALUES (1, 2, 3, 4, 5, 6), (7, 2, 3, 4, 5, 6); --`),
+			[]string{"users.email"}},
+		"numbered": {with(`"id" TEXT NOT NULL`, `"id" INTEGER`), []string{"users", "takes no account"}},
+		"a view": {`CREATE VIEW users AS SELECT 1 id, 2 name, 3 email, 4 password, 5 createdAt, 6 updateAt`,
+			[]string{"view"}},
+		"the last version's": {`PRAGMA journal_mode = WAL; CREATE TABLE users (id TEXT NOT NULL PRIMARY KEY,
+			name TEXT NOT NULL, email TEXT NOT NULL UNIQUE, password_hash TEXT NOT NULL, created_at TEXT NOT NULL,
+			updated_at TEXT NOT NULL) STRICT`, []string{"users", `"password_hash"`}},
+	} {
+		t.Run(name, func(t *testing.T) { runOn(t, originalFile(t, tt.ddl).dbPath, tt.message...) })
+	}
+	t.Run("a log left behind", func(t *testing.T) {
+		file := originalFile(t, `PRAGMA journal_mode = WAL; CREATE TABLE users (uid INTEGER)`)
+		open := openSQL(t, file.dbPath)
+		defer open.Close()
+		if _, err := open.Exec(`INSERT INTO users VALUES (1)`); err != nil {
+			t.Fatal(err)
+		}
+		crashed := t.TempDir()
+		if err := os.CopyFS(crashed, os.DirFS(filepath.Dir(file.dbPath))); err != nil {
+			t.Fatal(err)
+		}
+		runOn(t, filepath.Join(crashed, "dev.db"), "users", `"id"`)
+	})
+	text := filepath.Join(t.TempDir(), "notes.txt")
+	os.WriteFile(text, bytes.Repeat([]byte("no database "), 1000), 0o600)
+	runOn(t, text, "not a database")
+	runOn(t, t.TempDir(), "directory")
+	runOn(t, filepath.Join(t.TempDir(), "no", "users.db"), "no such")
+	t.Run("no permission", func(t *testing.T) {
+		if os.Geteuid() == 0 {
+			t.Skip("nothing is forbidden to root")
+		}
+		path := originalFile(t, originalDDL).dbPath
+		os.Chmod(path, 0o400)
+		runOn(t, path, "permission")
+	})
+}
+
+// runOn runs the program on a file, tells it to stop as soon as it listens, and checks what it says: nothing, or
+// that it cannot run. Then what stands at the path must be as it was.
+func runOn(t *testing.T, path string, message ...string) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	files := func() string {
+		text := ""
+		names, _ := filepath.Glob(filepath.Dir(path) + "/*")
+		for _, name := range names {
+			if !strings.HasSuffix(name, "-shm") { // which whoever reads a log uses
+				content, _ := os.ReadFile(name)
+				text += name + string(content)
+			}
+		}
+		return text
+	}
+	env := environ(t, []string{"DB_PATH=" + path})
+	before := files()
+	var stderr strings.Builder
+	status := run(ctx, nil, func(name string) string { return env[name] }, io.Discard, &stderr)
+	if want := min(len(message), 1); status != want {
+		t.Errorf("status %d, want %d: %s", status, want, &stderr)
+	}
+	if message == nil {
+		return
+	}
+	for _, part := range append(message, "DB_PATH", path) {
+		if !strings.Contains(stderr.String(), part) {
+			t.Errorf("want %s in: %s", part, &stderr)
+		}
+	}
+	if files() != before {
+		t.Errorf("%s: the file changed, or others are beside it", path)
+	}
+}
+
+func TestNoStatementReadsAWholeTable(t *testing.T) {
+	t.Parallel()
+	db := openTestDatabase(t)
+	whole := regexp.MustCompile(`SCAN (users|sessions)`)
+	fields := reflect.ValueOf(db).Elem()
+	for i := range fields.NumField() {
+		name := fields.Type().Field(i).Name
+		if fields.Field(i).Type() != reflect.TypeFor[*sql.Stmt]() || name == "anyUser" { // which ends at the first row
+			continue
+		}
+		text := fields.Field(i).Elem().FieldByName("query").String() // which database/sql keeps to itself
+		rows, err := db.reader.Query("EXPLAIN QUERY PLAN "+text, make([]any, 7)...)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		for rows.Next() {
+			var step string
+			if err := rows.Scan(new(int), new(int), new(int), &step); err != nil || whole.MatchString(step) {
+				t.Errorf("%s: %s, %v", name, step, err)
+			}
+		}
+		if err := rows.Err(); err != nil {
 			t.Fatal(err)
 		}
 	}
-	return certFile, keyFile
 }
 
-// TestMovingOver runs the README's own statements on a file as Prisma writes it, and serves a session as
-// ioredis writes one.
-func TestMovingOver(t *testing.T) {
+func TestEveryConnectionHasThePragmas(t *testing.T) {
 	t.Parallel()
-	readme, err := os.ReadFile("README.md")
+	db := openTestDatabase(t)
+	for name, pool := range map[string]*sql.DB{"writer": db.writer, "reader": db.reader} {
+		for range pool.Stats().MaxOpenConnections {
+			c, err := pool.Conn(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			var got string
+			err = c.QueryRowContext(t.Context(), `SELECT concat_ws(' ', journal_mode, synchronous, foreign_keys, temp_store)
+				FROM pragma_journal_mode, pragma_synchronous, pragma_foreign_keys, pragma_temp_store`).Scan(&got)
+			if want := "wal 2 1 2"; err != nil || got != want {
+				t.Errorf("%s: pragmas %s, %v, want %s", name, got, err, want)
+			}
+			if _, err := c.ExecContext(t.Context(), `DELETE FROM users`); (err == nil) != (name == "writer") {
+				t.Errorf("%s: writing: %v, want that only the writer can", name, err)
+			}
+		}
+	}
+}
+
+func TestOneWriterAtATime(t *testing.T) {
+	t.Parallel()
+	file := originalFile(t, originalDDL)
+	db, err := openDatabase(file.dbPath)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, statements, _ := strings.Cut(string(readme), "sqlite3 users.db <<'SQL'\n")
-	statements, _, found := strings.Cut(statements, "\nSQL\n")
-	if !found {
-		t.Fatal("README.md has no block for sqlite3")
-	}
-	url := redisURL(t)
-	s := start(t, "REDIS_URL="+url)
-	dev := filepath.Join(t.TempDir(), "dev.db")
-	old := openSQL(t, dev)
-	defer old.Close()
-	hash, _ := bcrypt.GenerateFromPassword([]byte(password), bcrypt.MinCost)
-	hash[2] = 'b'
-	if _, err := old.Exec(`CREATE TABLE "User" ("id" TEXT NOT NULL PRIMARY KEY, "name" TEXT NOT NULL, "email" TEXT NOT NULL, "password" TEXT NOT NULL,
-		"createdAt" DATETIME NOT NULL DEFAULT CURRENT_TIMESTAMP, "updateAt" DATETIME NOT NULL);
-		CREATE UNIQUE INDEX "User_email_key" ON "User"("email");
-		INSERT INTO "User" VALUES ('cm1', 'Ada', 'Ada@Example.com', ?1, 1743364800123, 1743364800123),
-			('cm2', 'Bob', 'bob@example.com', ?1, '2025-03-30T20:00:00.000+00:00', '2025-03-30 20:00:00'),
-			('cm3', 'Ada too', 'ada@example.com', ?1, 1743364900000, 1743364900000)`, string(hash)); err != nil {
-		t.Fatal(err)
-	}
-	db := openSQL(t, s.dbPath)
 	defer db.Close()
-	db.SetMaxOpenConns(1)
-	statements = strings.Replace(statements, "'dev.db'", "'"+dev+"'", 1)
-	move, report, _ := strings.Cut(statements, "SELECT 'not moved")
-	var left string
-	if _, err := db.Exec(move); err != nil {
+	other := openSQL(t, file.dbPath)
+	defer other.Close()
+	write := func() error { _, err := other.Exec(`PRAGMA busy_timeout = 0; DELETE FROM users`); return err }
+	err = db.write(t.Context(), "testing", func(context.Context, *sql.Tx) error {
+		if err := storeError("another", write()); !errors.Is(err, errRefused) {
+			t.Errorf("another program writes before this write has made a change: %v, want errRefused", err)
+		}
+		return nil
+	})
+	if err := errors.Join(err, write()); err != nil {
+		t.Error(err)
+	}
+	defer lockFile(t, file.dbPath)()
+	together(4, func(int) { // the last ones wait for the first
+		if err := db.ReplacePasswordHash(t.Context(), "", "", ""); !errors.Is(err, errRefused) {
+			t.Errorf("a write while another program writes: %v, want errRefused", err)
+		}
+	})
+}
+
+func TestAClientThatHangsUpUndoesNoWrite(t *testing.T) {
+	t.Parallel()
+	db := openTestDatabase(t)
+	store := &sqliteSessions{db}
+	user, id, ended := testUser(1), newUUID(), newUUID()
+	user.UpdatedAt = user.CreatedAt
+	ctx, hangUp := context.WithCancel(t.Context())
+	hangUp()
+	err := errors.Join(db.InsertUser(ctx, user, user.Email, "old"),
+		db.ReplacePasswordHash(ctx, user.ID, "old", "new"), db.ReplacePasswordHash(ctx, user.ID, "old", "late"),
+		store.Create(ctx, id, user, time.Hour), store.Create(ctx, ended, user, time.Hour), store.Delete(ctx, ended))
+	if err != nil {
 		t.Fatal(err)
 	}
-	if err := db.QueryRow("SELECT 'not moved" + report).Scan(&left); err != nil || !strings.HasSuffix(left, ": cm3 ada@example.com") {
-		t.Errorf("reported %q, %v, want the account whose email differs in case only", left, err)
+	if got, hash, err := db.UserByEmail(t.Context(), user.Email); got != user || hash != "new" || err != nil {
+		t.Errorf("got %v, %s, %v, want %v, new: a hash is replaced unless it has changed", got, hash, err, user)
 	}
-	for email, want := range map[string]User{
-		"ada@example.com": {"cm1", "Ada", "ada@example.com", "2025-03-30T20:00:00.123Z", "2025-03-30T20:00:00.123Z"},
-		"bob@example.com": {"cm2", "Bob", "bob@example.com", "2025-03-30T20:00:00.000Z", "2025-03-30T20:00:00.000Z"},
-	} {
-		if a := s.want(200, s.signIn(email)); a.body != userJSON(want) {
-			t.Errorf("got %s, want %s", a.body, userJSON(want))
+	if got, err := store.Get(t.Context(), id); got != user || err != nil {
+		t.Errorf("got %v, %v, want %v", got, err, user)
+	}
+	if _, err := store.Get(t.Context(), ended); !errors.Is(err, errNoSession) {
+		t.Errorf("after Delete: %v, want errNoSession", err)
+	}
+}
+
+func TestEmbeddedSessionsOutliveARestart(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "a folder?#%20 ü&_pragma=x", "users.db")
+	if err := os.Mkdir(filepath.Dir(path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s := start(t, "DB_PATH="+path)
+	user, id := s.register(newEmail())
+	files, _ := filepath.Glob(filepath.Join(filepath.Dir(path), "*")) // the write-ahead log, too
+	for _, file := range append(files, path) {
+		if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v, %v, want it readable to its owner only", file, info, err)
+		}
+		text, err := os.ReadFile(file)
+		if err != nil || bytes.Contains(text, []byte(id)) || bytes.Contains(text, []byte(password)) {
+			t.Errorf("%s holds a session id or a password (%v)", file, err)
 		}
 	}
-	// The Express app reads each field of the hash as a string, and takes createdAt with new Date(text).
-	id := newUUID()
-	redisDo(t, url, "HSET", "session:"+id, "id", "cm1", "name", "Ada", "email", "ada@example.com",
-		"createdAt", "Sun Mar 30 2025 20:00:00 GMT+0000 (Coordinated Universal Time)", "updatedAt", "Sun Mar 30 2025 20:00:00 GMT+0000 (Coordinated Universal Time)")
-	redisDo(t, url, "EXPIRE", "session:"+id, 604800)
+	s.stop()
+	s = start(t, "DB_PATH="+path)
+	if a := s.want(200, id); a.body != userJSON(user) {
+		t.Errorf("got %s, want %s", a.body, userJSON(user))
+	}
+	s.signIn(user.Email)
+}
+
+func TestExpiredSessionsAreGoneAndSwept(t *testing.T) {
+	t.Parallel()
+	db := openTestDatabase(t)
+	store := &sqliteSessions{db}
+	expired := newUUID()
+	if err := store.Create(t.Context(), expired, testUser(1), -time.Second); err != nil {
+		t.Fatal(err)
+	}
+	_, got := store.Get(t.Context(), expired)
+	if err := store.Delete(t.Context(), expired); !errors.Is(got, errNoSession) || !errors.Is(err, errNoSession) {
+		t.Errorf("an expired session: Get %v, Delete %v, want errNoSession", got, err)
+	}
+	_, err := db.writer.Exec(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 150)
+		INSERT INTO sessions SELECT randomblob(32), '', '', '', '', '', i FROM n`)
+	for _, want := range []int{52, 2} { // each that is made sweeps a hundred
+		n := 0
+		err = errors.Join(err, store.Create(t.Context(), newUUID(), testUser(1), time.Hour),
+			db.reader.QueryRow(`SELECT count(*) FROM sessions`).Scan(&n))
+		if err != nil || n != want {
+			t.Errorf("%d rows, %v, want %d", n, err, want)
+		}
+	}
+}
+
+func TestErrorsOfTheStore(t *testing.T) {
+	t.Parallel()
+	const insert = `INSERT INTO users VALUES ('1', '', 'a@b', '', 0, 0), `
+	for name, tt := range map[string]struct {
+		sql  string
+		err  error // not from SQLite
+		want error // nil: a fault of ours
+	}{
+		"the same email": {sql: insert + `('2', '', 'a@b', '', 0, 0)`, want: errEmailTaken},
+		"the same id":    {sql: insert + `('1', '', 'c@d', '', 0, 0)`},
+		"no such table":  {sql: `SELECT * FROM nowhere`},
+		"the wrong type": {sql: `CREATE TABLE t (n INTEGER PRIMARY KEY); INSERT INTO t VALUES ('x')`},
+		"full":           {sql: `PRAGMA max_page_count = 1; CREATE TABLE t AS SELECT zeroblob(1000000)`, want: errRefused},
+		"read-only":      {sql: `PRAGMA query_only = 1; DELETE FROM users`, want: errRefused},
+		"damaged": {sql: `PRAGMA writable_schema = 1; UPDATE sqlite_master SET rootpage = 999 WHERE name = 'users';
+			PRAGMA schema_version = 99; SELECT * FROM users`, want: errUnavailable},
+		"no such file": {sql: `ATTACH '/no/such/folder/file' AS other`, want: errUnavailable},
+		"out of time":  {err: context.DeadlineExceeded, want: errUnavailable},
+		"rolled back":  {err: sql.ErrTxDone, want: errUnavailable},
+		"hung up":      {err: context.Canceled},
+		"our own":      {err: errNoSession, want: errNoSession},
+	} {
+		err := tt.err
+		if tt.sql != "" {
+			_, err = openTestDatabase(t).writer.Exec(tt.sql)
+		}
+		translated := storeError("testing", err)
+		for _, sentinel := range []error{errEmailTaken, errUnavailable, errRefused, errNoSession} {
+			want := sentinel == tt.want || sentinel == errUnavailable && tt.want == errRefused
+			if err == nil || errors.Is(translated, sentinel) != want {
+				t.Errorf("%s: %v becomes %v: is that %q: want %t", name, err, translated, sentinel, want)
+			}
+		}
+	}
+}
+
+// --- Faults: SQLite
+
+// lockFile begins a write to a file that does not end before unlock.
+func lockFile(t testing.TB, path string) (unlock func()) {
+	t.Helper()
+	db := openSQL(t, path)
+	t.Cleanup(func() { db.Close() })
+	tx, err := db.Begin()
+	if err == nil {
+		_, err = tx.Exec(`UPDATE users SET name = name`)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func() { tx.Rollback() }
+}
+
+func TestALockedFileIs503AndWhatWritesNothingGoesOn(t *testing.T) {
+	each(t, func(t *testing.T, backend string) {
+		s := startWith(t, func(cfg *config) { cfg.server.bcryptCost = 5 }, backend)
+		s.expectErrors()
+		_, id := s.register(newEmail())
+		weak := s.addAccount(newEmail(), bcrypt.MinCost)
+		unlock := lockFile(t, s.dbPath)
+		for _, tt := range []struct {
+			request, email    string
+			embedded, inRedis int // the status
+		}{
+			{"GET /user", "", 200, 200},
+			{"GET /healthz", "", 200, 200},
+			{"DELETE /user/session", "", 503, 204},
+			{"POST /user/signin", weak.Email, 503, 200}, // and its hash is not stored anew
+			{"POST /user", newEmail(), 503, 503},
+		} {
+			want := tt.inRedis
+			if backend == "REDIS_URL=" {
+				want = tt.embedded
+			}
+			limit := 3 * time.Second
+			if want < 500 {
+				limit = 1400 * time.Millisecond // it does not wait for the file
+			}
+			method, path, _ := strings.Cut(tt.request, " ")
+			begin := time.Now()
+			status := s.status(method, path, credentials(tt.email, password), cookie(id))
+			if took := time.Since(begin); status != want || took > limit {
+				t.Errorf("%s: status %d after %v, want %d within %v", tt.request, status, took, want, limit)
+			}
+		}
+		s.log.find(t, "store refuses")
+		if backend != "REDIS_URL=" {
+			s.log.find(t, "password hash not upgraded")
+		}
+		unlock()
+		s.signIn(weak.Email)
+		s.register(newEmail())
+		eventually(t, 20*time.Second, "three accounts, which were answered 201, and no weak hash", func() bool {
+			return query[int](s, `SELECT sum(password LIKE '$2a$05$%') = 3 AND count(*) = 3 FROM users`) == 1
+		})
+	})
+}
+
+func TestAFullDiskIs503AndLosesNothing(t *testing.T) {
+	t.Parallel()
+	s := startLimited(t, "ulimit -f 200", "REDIS_URL="+redisURL(t)) // blocks of 512 or 1,024 bytes
+	s.expectErrors()
+	user, id := s.register(newEmail())
+	var accounts sync.Map
+	accounts.Store(user.Email, true)
+	status := 201
+	for i := 0; status == 201 && i < 100; i++ {
+		email := newEmail()
+		if status = s.status("POST", "/user", credentials(email, password)); status == 201 {
+			accounts.Store(email, true)
+		}
+	}
+	if status != 503 {
+		t.Errorf("POST /user: status %d, want 503", status)
+	}
 	s.want(200, id)
+	s.stop()
+	s = startProcess(t, "REDIS_URL="+redisURL(t), "DB_PATH="+s.dbPath)
+	s.register(newEmail())
+	s.holds(&accounts)
+}
+
+func TestAFileThatBreaksIs503ToAllButSessions(t *testing.T) {
+	t.Parallel()
+	s := start(t, "REDIS_URL="+redisURL(t))
+	s.expectErrors()
+	user, id := s.register(newEmail())
+	s.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
+	if err := os.WriteFile(s.dbPath, bytes.Repeat([]byte("no database "), 10_000), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"POST /user/signin", "POST /user", "GET /healthz"} {
+		method, path, _ := strings.Cut(path, " ")
+		if status := s.status(method, path, credentials(user.Email, password)); status != 503 {
+			t.Errorf("%s %s: status %d, want 503", method, path, status)
+		}
+	}
+	s.log.find(t, "store out of reach")
+	s.want(200, id)
+}
+
+// --- Faults: crash
+
+func TestACrashLosesNothingThatWasAnswered(t *testing.T) {
+	each(t, func(t *testing.T, backend string) {
+		path := filepath.Join(t.TempDir(), "users.db")
+		var accounts, sessions sync.Map // that were answered: emails, and emails by session id
+		for range rounds(3, 50) {
+			s := startProcess(t, backend, "DB_PATH="+path)
+			s.expectErrors()
+			user := s.addAccount(newEmail(), bcrypt.MinCost)
+			accounts.Store(user.Email, true)
+			var answers atomic.Int64
+			last := 2 + rand.Int64N(10)
+			together(4, func(i int) {
+				for {
+					path, email := "/user/signin", user.Email
+					if i%2 == 0 {
+						path, email = "/user", newEmail()
+					}
+					a, err := s.send("POST", path, credentials(email, password))
+					if err != nil {
+						return
+					}
+					if a.cookie == nil {
+						if a.status != 503 { // too busy, on a machine that is
+							t.Errorf("POST %s: status %d, want 200 or 201: %s", path, a.status, a.body)
+						}
+						continue
+					}
+					accounts.Store(email, true)
+					sessions.Store(a.cookie.Value, email)
+					if answers.Add(1) == last {
+						s.process.Process.Kill()
+					}
+				}
+			})
+			s.stop()
+		}
+		s := startProcess(t, backend, "DB_PATH="+path)
+		for id, email := range sessions.Range {
+			if a := s.want(200, id.(string)); !strings.Contains(a.body, email.(string)) {
+				t.Errorf("the session of %s is %s", email, a.body)
+			}
+		}
+		s.register(newEmail())
+		s.holds(&accounts)
+	})
+}
+
+// --- Faults: clients that misbehave
+
+func TestClientsThatMisbehave(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	_, id := s.register(newEmail())
+	dial := func() net.Conn {
+		c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		return c
+	}
+	for range 2000 { // that are idle
+		dial()
+	}
+	s.want(200, id)
+	const (
+		get  = "GET /user HTTP/1.1\r\nHost: x\r\n"
+		post = "POST /user HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+	)
+	for _, tt := range []struct { // what is no request, or two
+		text     string
+		statuses []int
+	}{
+		{"GET /user HTTP/1.1\r\n\r\n", []int{400}},
+		{"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", []int{400}},
+		{get + "X: " + strings.Repeat("x", 64<<10) + "\r\n\r\n", []int{431}},
+		{get + "Cookie: session-id=" + strings.Repeat("a", 8<<10) + "\r\n\r\n", []int{401}},
+		{get + "Cookie: session-id=\x00\xff\r\n\r\n", []int{400, 401}},
+		{get + "X : x\r\n\r\n", []int{400}},
+		{post + "Content-Length: 4\r\nContent-Length: 5\r\n\r\n{}  x", []int{400}},
+		{post + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get + "\r\n", []int{400, 501}},
+		{post + "Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", []int{400, 501}},
+	} {
+		c := dial()
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+		go io.WriteString(c, tt.text)
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			t.Errorf("%.90q: %v", tt.text, err)
+		} else if !slices.Contains(tt.statuses, resp.StatusCode) {
+			t.Errorf("%.90q: status %d, want %v", tt.text, resp.StatusCode, tt.statuses)
+		}
+	}
+	body := credentials(newEmail(), password)
+	request := fmt.Sprintf("%sContent-Length: %d\r\n\r\n%s", post, len(body), body)
+	for n := range len(request) + 20 { // gone at every stage, the last ones before their answer
+		c := dial()
+		io.WriteString(c, request[:min(n, len(request))])
+		c.Close()
+	}
+	c := dial() // one that does not read
+	var err error
+	for err == nil { // until the service can write no more answers, and so reads no more
+		c.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+		_, err = io.WriteString(c, "GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
+	}
+	s.want(200, id)
+	s.register(newEmail())
+}
+
+// --- Faults: rolling out
+
+func TestRollingOutLosesNoRequest(t *testing.T) {
+	t.Parallel()
+	for range rounds(2, 20) {
+		s := startProcess(t, "REDIS_URL="+redisURL(t))
+		_, id := s.register(newEmail())
+		var answered, ready atomic.Int64
+		together(32, func(int) {
+			client := newClient() // with a connection of its own
+			defer client.CloseIdleConnections()
+			for i := 1; ; i++ {
+				req, _ := http.NewRequest("GET", s.url+"/user", nil)
+				req.Header.Set("Cookie", cookieName+"="+id)
+				resp, err := client.Do(req)
+				if err != nil || resp.StatusCode != 200 { // no answer before said that it is the connection's last
+					t.Errorf("GET /user on an open connection, %d answered before: %v, %v", answered.Load(), resp, err)
+					go s.stop()
+					return
+				}
+				io.Copy(io.Discard, resp.Body)
+				resp.Body.Close()
+				answered.Add(1)
+				if i == 20 && ready.Add(1) == 32 { // every connection is open
+					go s.stop()
+				}
+				if resp.Close {
+					return
+				}
+				time.Sleep(rand.N(20 * time.Millisecond)) // as clients do: the connection looks idle
+			}
+		})
+		s.stop()
+	}
 }
 
 // ---------------------------------------------------------------------------------------------------
 // Fuzzing: what comes from outside, and what must hold of it whatever it is.
 
-func FuzzBody(f *testing.F) {
-	for _, body := range []string{
-		`{"name":"Ada","email":"ada@example.com","password":"correct horse"}`, `{"email":"a@b","password":null}`, `{}`, `null`, `[]`, `{"a":{"b":[1,2,{}]}}`,
-		`{"email":"Ada <a@b>","name":"\ud800","password":"\u0000"}`, `{"email":"a@b","email":"c@d"}`, "{\"name\":\"\xff\"}", `{"x":1e999}`, ``, `{"name":"x"} `,
-	} {
-		f.Add("application/json", body)
+// skipLong spares the fuzzer inputs that would only cost it time.
+func skipLong(t *testing.T, texts ...string) {
+	if len(strings.Join(texts, "")) > 64<<10 {
+		t.Skip()
 	}
-	f.Add("application/json; charset=utf-8", `{"name":""}`)
-	f.Add("text/plain;", `{}`)
-	f.Fuzz(func(t *testing.T, contentType, body string) {
-		r, err := http.NewRequest("POST", "/user", strings.NewReader(body))
-		if err != nil {
-			t.Skip()
-		}
-		r.Header.Set("Content-Type", contentType)
-		form, err := readForm(&recorder{header: http.Header{}}, r, true, "name", "email", "password")
-		if p := new(problem); err != nil {
-			if !errors.As(err, &p) || p.Status < 400 || p.Status > 499 || form != nil {
-				t.Fatalf("%q: %v, %v", body, form, err)
-			}
+}
+
+func FuzzRegistration(f *testing.F) {
+	for _, text := range []string{ // as they stand in JSON
+		`ada@example.com`, ` Łukasz@DOCOMO.example `, `1234567\u0000@x`, `\u200b\u3164\u2800\ufe0f`, `a@b\u202e`,
+		`1234\u3164@x`, `Ada<a@b>`, `a@b@c`, "\xff234567@x", strings.Repeat("x", 255) + "@b", `"}, null`,
+	} {
+		f.Add(`{"name":"Ada","email":"a@b","password":"` + text + `"}`)
+		f.Add(`{"name":"Ada","email":"` + text + `","password":"12345678"}`)
+		f.Add("\ufeff" + `{"name":"` + text + `","email":"a@b","password":"12345678"}`)
+	}
+	const invisible = `\s\pZ\p{Cc}\p{Cf}\x{34f}\x{115f}\x{1160}\x{2800}\x{3164}\x{fe00}-\x{fe0f}\x{ffa0}`
+	const inEmail = `[^@` + invisible + `"()\[\]<>,:;\\]+`
+	visible := regexp.MustCompile(`[^` + invisible + `]`)
+	forbidden := regexp.MustCompile(`[\p{Cc}\x{61c}\x{200e}\x{200f}\x{202a}-\x{202e}\x{2066}-\x{2069}]`)
+	address := regexp.MustCompile(`^` + inEmail + `@` + inEmail + `$`)
+	db := openTestDatabase(f)
+	f.Fuzz(func(t *testing.T, body string) {
+		skipLong(t, body)
+		s := testServer(db, newMapSessions(), io.Discard) // a new one, whose limits are far
+		w := serveOne(s, "POST", "/user", body)
+		checkReply(t, body, &reply{status: w.Code, header: w.Header(), body: w.Body.String()})
+		if w.Code == http.StatusBadRequest || w.Code == http.StatusRequestEntityTooLarge {
 			return
 		}
-		name, email, password := form["name"], form["email"], form["password"]
-		if n := utf8.RuneCountInString(name); n < 1 || n > 100 || strings.TrimSpace(name) != name || strings.ContainsAny(name, "\r\n\x00") {
-			t.Errorf("name %q", name)
+		var created registration
+		if err := json.Unmarshal(w.Body.Bytes(), &created); err != nil || w.Code != http.StatusCreated {
+			t.Fatalf("POST /user %q: status %d, want 201, 400 or 413: %v: %s", body, w.Code, err, w.Body)
 		}
-		if email != strings.ToLower(email) || !strings.Contains(email, "@") || len(email) > 254 || strings.ContainsAny(email, "\r\n <>,\x00") && !strings.HasPrefix(email, `"`) {
-			t.Errorf("email %q", email)
+		if _, err := db.writer.Exec(`DELETE FROM users`); err != nil { // the next may have the same email
+			t.Fatal(err)
 		}
-		if len(password) < 8 || len(password) > 72 || !utf8.ValidString(name+email+password) {
-			t.Errorf("password %q", password)
+		var typed map[string]any
+		json.Unmarshal([]byte(strings.TrimPrefix(body, "\ufeff")), &typed)
+		name := strings.TrimSpace(typed["name"].(string))
+		email := strings.ToLower(strings.TrimSpace(typed["email"].(string)))
+		secret := typed["password"].(string)
+		if created.User.Name != name || created.User.Email != email || !utf8.ValidString(body) {
+			t.Errorf("POST /user %q: %+v, want %q and %q", body, created.User, name, email)
 		}
-		for field, text := range form { // what was accepted is accepted again, unchanged
-			if again, complaint := normalize(field, text); complaint != "" || again != text {
-				t.Errorf("%s %q becomes %q: %s", field, text, again, complaint)
-			}
+		length := utf8.RuneCountInString(name)
+		if length < 1 || length > 100 || forbidden.MatchString(name) || !visible.MatchString(name) ||
+			len(email) > 254 || !address.MatchString(email) ||
+			len(secret) < 8 || len(secret) > 72 || strings.Contains(secret, "\x00") {
+			t.Errorf("POST /user %q was accepted", body)
 		}
 	})
 }
 
-func FuzzCookie(f *testing.F) {
+func FuzzCookies(f *testing.F) {
 	id := newUUID()
-	for _, cookie := range []string{"session-id=" + id, `session-id="` + id + `"`, "a=b; session-id=" + id + "; c", "session-id=", "session-id=" + id[:35], "SESSION-ID=" + id,
-		"session-id=x; session-id=" + id, "session-id=00000000-0000-0000-0000-000000000000", strings.Repeat("a=b;", 1000), "session-id=\x00\xff"} {
-		f.Add(cookie)
-	}
-	form := regexp.MustCompile(`^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
-	f.Fuzz(func(t *testing.T, cookie string) {
-		id := sessionID(&http.Request{Header: http.Header{"Cookie": {cookie}}})
-		if id != "" && (!form.MatchString(id) || !strings.Contains(cookie, id)) {
-			t.Errorf("%q: session id %q", cookie, id)
+	f.Add(`a=b; session-id="`+strings.ToUpper(id)+`"; c`, "session-id="+newUUID())
+	f.Add("session-id="+id[:35]+";SESSION-ID="+id, "session-id=x;\tsession-id="+id+" ;session-id=x")
+	f.Add(`session-id="`+id+";session-id = "+id, "=;\v session-id="+id+";session-id=\x00\xff")
+	const uuid = `([0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12})`
+	first := regexp.MustCompile(`(?:^|;)[ \t]*session-id=(?:` + uuid + `|"` + uuid + `")[ \t]*(?:;|$)`)
+	f.Fuzz(func(t *testing.T, line1, line2 string) {
+		skipLong(t, line1, line2)
+		want := ""
+		if match := first.FindStringSubmatch(line1 + ";" + line2); match != nil {
+			want = match[1] + match[2]
 		}
-		if isUUID(cookie) != form.MatchString(cookie) {
-			t.Errorf("isUUID(%q) is %v", cookie, isUUID(cookie))
+		got := sessionID(&http.Request{Header: http.Header{"Cookie": {line1, line2}}})
+		if got != want {
+			t.Errorf("cookies %q and %q: session id %q, want %q", line1, line2, got, want)
 		}
 	})
 }
 
 func FuzzSessionHash(f *testing.F) {
-	f.Add("id", "7", "createdAt", "2025-03-30T20:00:00.000Z", "updatedAt", "Sun Mar 30 2025 20:00:00 GMT+0000 (Coordinated Universal Time)")
-	f.Add("id", "", "createdAt", "0000-01-01T00:00:00+23:59", "updatedAt", "9999-12-31T23:59:59.999-23:59")
-	f.Add("name", "\xff", "updatedAt", "Invalid Date", "email", "1743364800000")
-	form := regexp.MustCompile(`^-?\d{4,5}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$`)
-	f.Fuzz(func(t *testing.T, k1, v1, k2, v2, k3, v3 string) {
-		var reply []any
-		for _, text := range []string{k1, v1, k2, v2, k3, v3} {
-			reply = append(reply, []byte(text))
+	const toString = "Sun Mar 30 2025 20:00:00 GMT-0300 (Brasilia Standard Time)"
+	for damage := range uint8(5) {
+		f.Add("7", testTime, "2025-03-31T20:00:00Z", toString, damage, damage)
+		f.Add("7", "0000-01-01T00:00:00+23:59", "9999-12-31T23:59:59.999-23:59", toString, damage, uint8(0))
+		f.Add("", "Invalid Date", testTime, "1743364800000", damage, uint8(9))
+	}
+	f.Fuzz(func(t *testing.T, id, createdAt, updatedAt, updateAt string, damage, at uint8) {
+		skipLong(t, id, createdAt, updatedAt, updateAt)
+		reply := []any{[]byte("id"), []byte(id), []byte("createdAt"), []byte(createdAt), []byte("updatedAt"),
+			[]byte(updatedAt), []byte("updateAt"), []byte(updateAt), []byte("age"), []byte("")}
+		damages := []any{nil, int64(1), redis.Error("ERR"), tooLarge}
+		errs := []error{errReplyShape, errReplyShape, errReplyShape, errReplySize}
+		var wantErr error
+		if int(damage) < len(damages) {
+			reply[int(at)%len(reply)] = damages[damage]
+			wantErr = errs[damage]
+		} else if id == "" {
+			wantErr = errNoSession
 		}
-		user, err := userOfHash(reply, nil)
-		if err != nil && (!errors.Is(err, errNoSession) || user != User{}) {
-			t.Errorf("%q: %v, %v", reply, user, err)
+		user, err := decodeUser(reply)
+		if !errors.Is(err, wantErr) {
+			t.Fatalf("%q: error %v, want %v", reply, err, wantErr)
 		}
-		if err == nil && (user.ID == "" || !form.MatchString(user.CreatedAt) || !form.MatchString(user.UpdatedAt)) {
-			t.Errorf("%q: %+v", reply, user)
+		if wantErr != nil {
+			return
+		}
+		want := User{ID: id, CreatedAt: "1970-01-01T00:00:00.000Z", UpdatedAt: "1970-01-01T00:00:00.000Z"}
+		for _, text := range []string{createdAt, updateAt, updatedAt} { // the last that can be read
+			if at, ok := parseSessionTime(text); ok {
+				want.CreatedAt = at
+				want.UpdatedAt = at
+			}
+		}
+		if at, ok := parseSessionTime(createdAt); ok {
+			want.CreatedAt = at
+		}
+		if user != want {
+			t.Errorf("%q: %+v, want %+v", reply, user, want)
+		}
+	})
+}
+
+func FuzzTimes(f *testing.F) {
+	f.Add("2025-03-30T20:00:00.123456Z", int64(1743364800123), -180)
+	f.Add("0000-01-01T00:00:00+23:59", int64(-1), 330)
+	f.Add("Sun Mar 30 2025 20:00:00 GMT+0000 (日本標準時 (x))", int64(0), 0)
+	f.Add("2025-03-30 20:00:00", int64(1), -1439)
+	inTimeFormat := regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$`)
+	begin := time.Date(0, 1, 2, 0, 0, 0, 0, time.UTC).UnixMilli()
+	end := time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC).UnixMilli()
+	f.Fuzz(func(t *testing.T, text string, millis int64, zone int) {
+		skipLong(t, text)
+		for _, parse := range []func(string) (string, bool){parseSessionTime, parseColumnTime} {
+			got, ok := parse(text)
+			if again, _ := parse(got); ok && (!inTimeFormat.MatchString(got) || again != got) {
+				t.Errorf("%q is read as %q, and that as %q", text, got, again)
+			}
+		}
+		instant := time.UnixMilli(begin + int64(uint64(millis)%uint64(end-begin))).UTC()
+		local := instant.In(time.FixedZone("", zone%(24*60)*60))
+		exact := instant.Format("2006-01-02T15:04:05.000Z")
+		seconds := instant.Format("2006-01-02T15:04:05.") + "000Z"
+		toString := local.Format("Mon Jan 02 2006 15:04:05 GMT-0700")
+		offset := local.Format("2006-01-02T15:04:05.000-07:00")
+		for _, form := range []struct {
+			parse func(string) (string, bool)
+			text  string
+			want  string
+		}{
+			{parseSessionTime, toString, seconds},
+			{parseSessionTime, toString + " (" + text + ")", seconds},
+			{parseSessionTime, offset, exact},
+			{parseColumnTime, offset, exact},
+			{parseColumnTime, strconv.FormatInt(instant.UnixMilli(), 10), exact},
+			{parseColumnTime, instant.Format(time.DateTime), seconds},
+		} {
+			if got, ok := form.parse(form.text); got != form.want || !ok {
+				t.Errorf("%q is read as %q, %v, want %q", form.text, got, ok, form.want)
+			}
 		}
 	})
 }
 
 func FuzzForwardedFor(f *testing.F) {
-	for _, header := range []string{"", "192.0.2.1", "203.0.113.9, 10.0.0.1", "::1,fe80::1%eth0", ",,,", "10.0.0.1:80", "unknown", "[::1]", " 10.0.0.1 ,\t10.0.0.2", "::ffff:10.0.0.1"} {
-		f.Add(header, "10.0.0.1:1")
-		f.Add(header, "192.0.2.7:1")
+	f.Add("203.0.113.9, 10.0.0.1", "10.0.0.1:1", []byte{203, 0, 113, 5}, uint16(0))
+	f.Add("::1,fe80::1%eth0", "[fe80::1%eth0]:1", netip.MustParseAddr("2001:db8::5").AsSlice(), uint16(4711))
+	f.Add(`,,"[2001:db8::5]:1"`, "[::ffff:10.0.0.7]:1", netip.IPv6Loopback().AsSlice(), uint16(1))
+	trusted := netip.MustParsePrefix("10.0.0.0/8")
+	cfg := serverConfig{trustedProxies: []netip.Prefix{trusted}}
+	s := newServer(cfg, nil, nil, slog.New(slog.DiscardHandler))
+	clientOf := func(peer, header string) netip.Addr {
+		return s.clientOf(&http.Request{RemoteAddr: peer, Header: http.Header{"X-Forwarded-For": {header}}}).addr
 	}
-	s := &server{cfg: config{trustedProxies: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}}
-	f.Fuzz(func(t *testing.T, header, peer string) {
-		addr, err := netip.ParseAddrPort(peer)
-		if err != nil {
-			t.Skip()
+	f.Fuzz(func(t *testing.T, header, peer string, ip []byte, port uint16) {
+		skipLong(t, header, peer)
+		got := clientOf(peer, header)
+		direct, err := netip.ParseAddrPort(peer)
+		plain := direct.Addr().Unmap().WithZone("")
+		if got != got.Unmap().WithZone("") || got.IsValid() != (err == nil) ||
+			!trusted.Contains(plain) && got != plain {
+			t.Errorf("%q from %s: client %v", header, peer, got)
 		}
-		got := s.clientAddr(&http.Request{RemoteAddr: peer, Header: http.Header{"X-Forwarded-For": {header}}})
-		if !got.IsValid() || got.Zone() != "" || got.Is4In6() {
-			t.Errorf("%q of %s: %v", header, peer, got)
+		want := map[string]netip.Addr{header + ",unknown,10.0.0.2": netip.MustParseAddr("10.0.0.2")}
+		if addr, ok := netip.AddrFromSlice(ip); ok && !trusted.Contains(addr.Unmap()) {
+			withPort := netip.AddrPortFrom(addr, port).String()
+			for _, hop := range []string{addr.String(), "[" + addr.String() + "]", withPort, `"` + withPort + `"`} {
+				want[header+", "+hop+" ,10.1.2.3:80"] = addr.Unmap()
+			}
 		}
-		if direct := addr.Addr().Unmap().WithZone(""); !s.cfg.trustedProxies[0].Contains(direct) && got != direct {
-			t.Errorf("%q of %s, which nobody trusts: %v", header, peer, got)
+		for forwarded, addr := range want {
+			if got := clientOf("10.0.0.1:1", forwarded); got != addr {
+				t.Errorf("%q from a trusted proxy: client %v, want %v", forwarded, got, addr)
+			}
 		}
 	})
 }
 
-// answeringConn is a connection that answers with fixed bytes.
-type answeringConn struct {
-	net.Conn
-	answer io.Reader
+func FuzzRedisURL(f *testing.F) {
+	const marker = "Zq7" // stands for any part of the text
+	for _, text := range []string{
+		"redis://localhost", "redis://u:p%40ss@h:1/2", "rediss://:p@[fe80::1]:6379/0", "redis://ho st:6379",
+		"redis-sentinel://:p@a,b:26380/my%2Fprimary/3", "redis://:s3cret%40redis:6379/0x", "redis://a,b",
+		"redis://h:6379:", "redis://app@h", "redis://app:@h/-1", "redis://h?a#b", "redis-sentinel://h/%zz", "://",
+	} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, whole string) {
+		if len(whole) > 100 || strings.Contains(whole, marker) {
+			t.Skip()
+		}
+		texts := []string{whole}
+		for at := range len(whole) + 1 {
+			texts = append(texts, whole[:at]+marker+whole[at:])
+		}
+		for _, text := range texts {
+			target, err := parseRedisURL(text)
+			if err != nil {
+				if strings.Contains(err.Error(), marker) {
+					t.Errorf("%q: the error tells a part of it: %v", text, err)
+				}
+				continue
+			}
+			shown := target.String()
+			if strings.Contains(target.user+target.password, marker) && strings.Contains(shown, marker) {
+				t.Errorf("%q is shown as %q", text, shown)
+			}
+			target.user = ""
+			target.password = ""
+			again, err := parseRedisURL(shown)
+			if err != nil || !reflect.DeepEqual(again, target) {
+				t.Errorf("%q is shown as %q, which is %+v, %v, want %+v", text, shown, again, err, target)
+			}
+		}
+	})
 }
 
-func (c *answeringConn) Read(p []byte) (int, error)       { return c.answer.Read(p) }
-func (c *answeringConn) Write(p []byte) (int, error)      { return len(p), nil }
-func (c *answeringConn) SetReadDeadline(time.Time) error  { return nil }
-func (c *answeringConn) SetWriteDeadline(time.Time) error { return nil }
-func (c *answeringConn) Close() error                     { return nil }
-
-func FuzzReplies(f *testing.F) {
-	for _, text := range []string{"+OK\r\n+QUEUED\r\n*1\r\n$1\r\nx\r\n", "*-1\r\n$-1\r\n:1\r\n-ERR x\r\n", "$99999999999\r\n", "*99999999999\r\n",
-		strings.Repeat("*1\r\n", 300_000), "*1000000\r\n*1000000\r\n*1000000\r\n", "$0\r\n\r\n", "$5\r\n*999\r\n", "\r\n", "$x\r\n"} {
-		f.Add([]byte(text))
+// receiveAll returns all replies of a Redis that sends text in pieces, each followed by its error.
+func receiveAll(text string, piece int) (replies []any) {
+	socket, server := net.Pipe()
+	go func() {
+		defer server.Close()
+		for bytes := range slices.Chunk([]byte(text), piece) {
+			if _, err := server.Write(bytes); err != nil {
+				return
+			}
+		}
+	}()
+	c := redis.NewConn(&guardedSocket{Conn: socket, maxDepth: maxRoleDepth}, 0, 0)
+	for c.Err() == nil {
+		reply, err := c.Receive()
+		replies = append(replies, reply, err)
 	}
-	f.Fuzz(func(t *testing.T, text []byte) {
+	return replies
+}
+
+func FuzzRedisReplies(f *testing.F) {
+	for _, text := range []string{
+		"+OK\r\n*2\r\n:5\r\n:1\r\n$1\r\nx\r\n", "*-1\r\n$-1\r\n:1\r\n-ERR x\r\n", "*2\r\n*1\r\n*0\r\n$-1\r\n+\r\n",
+		"+OK\r\n$9999999999\r\n", "*9999999999\r\n", "*64\r\n*64\r\n*64\r\n*64\r\n", "$262144\r\n", "$x\r\n",
+		"$60\r\n" + strings.Repeat("*999\r\n", 10) + "\r\n", strings.Repeat("*1\r\n", 16_000),
+		strings.Repeat("x", 5000), "\r\n",
+	} {
+		f.Add(text, uint8(0))
+		f.Add(text, uint8(len(text)/2))
+	}
+	f.Fuzz(func(t *testing.T, text string, piece uint8) {
+		skipLong(t, text)
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
-		guarded := &guardedConn{Conn: &answeringConn{answer: bytes.NewReader(text)}}
-		c := redis.NewConn(guarded, 0, 0)
-		c.Send("PING")
-		c.Send("PING")
-		c.Do("")
-		if runtime.ReadMemStats(&after); after.TotalAlloc-before.TotalAlloc > 4*maxReplies+uint64(100*len(text)) {
-			t.Errorf("%q: %d MB", text, (after.TotalAlloc-before.TotalAlloc)>>20)
+		replies := receiveAll(text, 16<<10)
+		runtime.ReadMemStats(&after)
+		allocated := after.TotalAlloc - before.TotalAlloc
+		if allocated > 4*maxBulkString+300*uint64(len(text)) || after.StackInuse > before.StackInuse+1<<20 {
+			t.Errorf("%.100q, %d bytes: allocated %d, stack %d", text, len(text), allocated, after.StackInuse)
+		}
+		if inPieces := receiveAll(text, 1+int(piece)); !reflect.DeepEqual(inPieces, replies) {
+			t.Errorf("%.100q: %.300q, but in pieces %.300q", text, replies, inPieces)
 		}
 	})
 }
 
 // ---------------------------------------------------------------------------------------------------
-// Benchmarks. Each prints its ratio to a baseline that is measured in the same run, turn by turn. Servers
-// are processes of their own, so that the client shares nothing with them.
+// Benchmarks. Each reports ratios to baselines that are measured in the same run, turn by turn.
 
-// runVariant is what the test binary does as a process other than the program itself.
-func runVariant(variant string) int {
-	if variant == "cheap" {
-		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
-		defer stop()
-		return runCheaply(ctx, os.Getenv, os.Stderr)
+// speed is how often a second work was done, and the 99th percentile of the seconds that it took.
+type speed struct{ rate, p99 float64 }
+
+// turns returns a function in which workers do their work n times in all.
+func turns(b *testing.B, workers, n int, do func(worker int) error) func() speed {
+	return func() speed {
+		times := make([][]float64, workers)
+		var started atomic.Int64
+		begin := time.Now()
+		together(workers, func(worker int) {
+			for started.Add(1) <= int64(n) {
+				begin := time.Now()
+				if err := do(worker); err != nil {
+					b.Error(err)
+					return
+				}
+				times[worker] = append(times[worker], time.Since(begin).Seconds())
+			}
+		})
+		rate := float64(n) / time.Since(begin).Seconds()
+		if b.Failed() {
+			b.FailNow()
+		}
+		return speed{rate: rate, p99: quantile(slices.Concat(times...), 0.99)}
 	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		panic(err)
-	}
-	log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
-	log.Info("listening", "addr", listener.Addr().String())
-	switch variant {
-	case "bare":
-		body := []byte(os.Getenv("BODY"))
-		http.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Cache-Control", "no-store")
-			w.Header().Set("X-Content-Type-Options", "nosniff")
-			w.Header().Set("Content-Type", "application/json")
-			w.Write(body)
-		}))
-	case "pooled":
-		tuneRuntime(os.Getenv)
-		s := newServer(config{}, nil, newPooledSessions(os.Getenv("REDIS_URL")), newGate(1), new(expvar.Map), log)
-		serveHTTP(context.Background(), listener, s, log)
-	}
-	return 0
 }
 
-// pooledSessions is the usual way to read a session: a connection from a pool for each lookup.
+func quantile(values []float64, q float64) float64 {
+	slices.Sort(values)
+	return values[int(q*float64(len(values)))]
+}
+
+// compare gives subject and baselines their turns. It reports the medians of the subject's rate and of its
+// ratios to each baseline.
+func compare(b *testing.B, subject func() speed, baselines map[string]func() speed) {
+	b.Helper()
+	metrics := map[string][]float64{}
+	for b.Loop() {
+		s := subject()
+		metrics["ops/s"] = append(metrics["ops/s"], s.rate)
+		for name, baseline := range baselines {
+			base := baseline()
+			metrics["rate/"+name] = append(metrics["rate/"+name], s.rate/base.rate)
+			metrics["p99/"+name] = append(metrics["p99/"+name], s.p99/base.p99)
+		}
+	}
+	b.ReportMetric(0, "ns/op") // would be of all turns together
+	for metric, values := range metrics {
+		b.ReportMetric(quantile(values, 0.5), metric)
+	}
+}
+
+// startTuned is start with the runtime as the program tunes it, between its configuration and its start.
+func startTuned(b *testing.B, vars ...string) *service {
+	b.Helper()
+	threads := runtime.GOMAXPROCS(0)
+	percent := debug.SetGCPercent(100)
+	b.Cleanup(func() {
+		runtime.GOMAXPROCS(threads)
+		debug.SetGCPercent(percent)
+	})
+	return startWith(b, func(*config) { tuneRuntime(func(string) string { return "" }) }, vars...)
+}
+
+// lookups asks a server whose session id is, each worker on a connection of its own.
+func lookups(b *testing.B, workers int, url, id string) func(worker int) error {
+	b.Helper()
+	addr := strings.TrimPrefix(url, "http://")
+	request := []byte("GET /user HTTP/1.1\r\nHost: " + addr + "\r\n" + cookie(id) + "\r\n\r\n")
+	conns := make([]net.Conn, workers)
+	do := func(worker int) error {
+		if _, err := conns[worker].Write(request); err != nil {
+			return err
+		}
+		var buffer [1024]byte
+		n, err := conns[worker].Read(buffer[:]) // an answer comes whole
+		answer := string(buffer[:n])
+		if !strings.HasPrefix(answer, "HTTP/1.1 200") || !strings.HasSuffix(answer, "}") {
+			return fmt.Errorf("GET /user: %q, %v", answer, err)
+		}
+		return nil
+	}
+	for worker := range conns {
+		conn, err := net.Dial("tcp", addr)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() { conn.Close() })
+		conns[worker] = conn
+		if err := do(worker); err != nil { // at once: a connection without a request is cut after a while
+			b.Fatal(err)
+		}
+	}
+	return do
+}
+
+// pooledSessions reads sessions in the usual way, each on a connection from a pool.
 type pooledSessions struct {
-	mapSessions
-	pool *redis.Pool
-}
-
-func newPooledSessions(url string) *pooledSessions {
-	return &pooledSessions{pool: &redis.Pool{MaxIdle: 64, MaxActive: 64, Wait: true, Dial: func() (redis.Conn, error) { return redis.DialURL(url) }}}
+	SessionStore
+	pool redis.Pool
 }
 
 func (s *pooledSessions) Get(_ context.Context, id string) (User, error) {
 	c := s.pool.Get()
 	defer c.Close()
-	return userOfHash(c.Do("HGETALL", sessionKey(id)))
+	reply, err := c.Do("HGETALL", sessionKey(id))
+	if err != nil {
+		return User{}, err
+	}
+	return decodeUser(reply)
 }
 
-// target is a server and the bytes of a request for it.
-type target struct {
-	conns   []net.Conn
-	request []byte
-	length  int // of an answer
+// startPooled serves what the service does, but with pooledSessions.
+func startPooled(b *testing.B, redisURL string) (url string) {
+	dial := func() (redis.Conn, error) { return redis.DialURL(redisURL) }
+	sessions := &pooledSessions{pool: redis.Pool{MaxIdle: 64, Dial: dial}}
+	b.Cleanup(func() { sessions.pool.Close() })
+	s := testServer(nil, sessions, io.Discard)
+	hs := httptest.NewUnstartedServer(s)
+	hs.Listener = &listener{Listener: hs.Listener, repeats: s.repeats}
+	hs.Start()
+	b.Cleanup(hs.Close)
+	return hs.URL
 }
 
-// newTarget connects n times. Every answer must be a 200 as long as the first one.
-func newTarget(b *testing.B, n int, url, id string) *target {
-	b.Helper()
-	addr := strings.TrimPrefix(url, "http://")
-	tg := &target{request: []byte("GET /user HTTP/1.1\r\nHost: " + addr + "\r\nCookie: session-id=" + id + "\r\n\r\n")}
-	for range n {
-		c, err := net.Dial("tcp", addr)
-		if err != nil {
-			b.Fatal(err)
-		}
-		b.Cleanup(func() { c.Close() })
-		tg.conns = append(tg.conns, c)
-	}
-	tg.conns[0].Write(tg.request)
-	var seen bytes.Buffer
-	resp, err := http.ReadResponse(bufio.NewReaderSize(io.TeeReader(tg.conns[0], &seen), 16), nil)
-	if err != nil || resp.StatusCode != 200 {
-		b.Fatalf("GET /user: %v, %v", resp, err)
-	}
-	body, _ := io.ReadAll(resp.Body)
-	tg.length = seen.Len()
-	if len(body) == 0 || !bytes.HasSuffix(seen.Bytes(), body) {
-		b.Fatalf("an answer of %d bytes: %q", tg.length, seen.String())
-	}
-	return tg
-}
-
-// load sends n requests over all connections and returns how long it took, and each request.
-func (tg *target) load(b *testing.B, n int) (time.Duration, []time.Duration) {
-	b.Helper()
-	latencies := make([][]time.Duration, len(tg.conns))
-	var left atomic.Int64
-	left.Store(int64(n))
-	begin := time.Now()
-	together(len(tg.conns), func(i int) {
-		answer := make([]byte, tg.length)
-		for left.Add(-1) >= 0 {
-			sent := time.Now()
-			tg.conns[i].Write(tg.request)
-			if _, err := io.ReadFull(tg.conns[i], answer); err != nil || !bytes.HasPrefix(answer, []byte("HTTP/1.1 200")) {
-				b.Errorf("GET /user: %.80q, %v", answer, err)
-				return
-			}
-			latencies[i] = append(latencies[i], time.Since(sent))
-		}
-	})
-	took := time.Since(begin)
-	all := slices.Concat(latencies...)
-	slices.Sort(all)
-	return took, all
-}
-
-func quantile[T any](sorted []T, q float64) T { return sorted[int(q*float64(len(sorted)-1))] }
-
-func median(values []float64) float64 { slices.Sort(values); return quantile(values, 0.5) }
-
-// compare loads subject and baseline in turns and reports medians: requests a second, their ratio, and the
-// ratio of the median latencies.
-func compare(b *testing.B, subject, baseline *target, name string) {
-	const turn = 5000
-	var rates, ratios, latencies []float64
-	b.ResetTimer()
-	for done := 0; done < b.N; done += turn {
-		n := min(turn, b.N-done)
-		base, baseAll := baseline.load(b, n)
-		took, all := subject.load(b, n)
-		rates = append(rates, float64(n)/took.Seconds())
-		ratios = append(ratios, base.Seconds()/took.Seconds())
-		latencies = append(latencies, float64(quantile(all, 0.5))/float64(max(1, quantile(baseAll, 0.5))))
-	}
-	b.ReportMetric(median(rates), "req/s")
-	b.ReportMetric(median(ratios), "rate/"+name)
-	b.ReportMetric(median(latencies), "p50/"+name)
-}
-
-// processor returns the CPU time that a process has used, 0 where the system does not say.
-func processor(pid int) time.Duration {
-	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	_, text, _ = bytes.Cut(text, []byte(") "))
-	fields := strings.Fields(string(text))
-	if len(fields) < 13 {
-		return 0
-	}
-	user, _ := strconv.Atoi(fields[11])
-	system, _ := strconv.Atoi(fields[12])
-	return time.Duration(user+system) * 10 * time.Millisecond
+// startBare serves an answer without any work for it.
+func startBare(b *testing.B, answer *reply) (url string) {
+	hs := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		maps.Copy(w.Header(), answer.header)
+		io.WriteString(w, answer.body)
+	}))
+	b.Cleanup(hs.Close)
+	return hs.URL
 }
 
 func BenchmarkUser(b *testing.B) {
-	const clients = 64
-	bare := func(b *testing.B, s *service, id string) *target {
-		return newTarget(b, clients, startVariant(b, "bare", "BODY="+s.want(200, id).body).url, id)
+	for _, bm := range []struct {
+		name    string
+		redis   bool
+		delay   time.Duration // of Redis's replies
+		workers int
+	}{
+		{name: "redis", redis: true, workers: 64},
+		{name: "redis+5ms/two", redis: true, delay: 5 * time.Millisecond, workers: 2},
+		{name: "redis+5ms/64", redis: true, delay: 5 * time.Millisecond, workers: 64},
+		{name: "sqlite", workers: 64},
+	} {
+		b.Run(bm.name, func(b *testing.B) {
+			url := ""
+			if bm.redis {
+				url = redisURL(b)
+			}
+			if bm.delay > 0 {
+				url = startProxy(b, strings.TrimPrefix(url, "redis://"), bm.delay).url()
+			}
+			s := startTuned(b, "REDIS_URL="+url)
+			_, id := s.register(newEmail())
+			turnsAt := func(url string) func() speed {
+				return turns(b, bm.workers, 32*bm.workers, lookups(b, bm.workers, url, id))
+			}
+			baselines := map[string]func() speed{}
+			if bm.delay == 0 {
+				baselines["bare"] = turnsAt(startBare(b, s.want(http.StatusOK, id)))
+			}
+			if bm.redis {
+				baselines["pooled"] = turnsAt(startPooled(b, url))
+			}
+			compare(b, turnsAt(s.url), baselines)
+		})
 	}
-	b.Run("redis", func(b *testing.B) {
-		r := ownRedis(b)
-		s := startVariant(b, "main", "REDIS_URL="+r.url())
-		_, id := s.register(newEmail())
-		before := processor(r.cmd.Process.Pid)
-		compare(b, newTarget(b, clients, s.url, id), bare(b, s, id), "bare")
-		b.ReportMetric(float64((processor(r.cmd.Process.Pid)-before).Microseconds())/float64(b.N), "redis-µs/req")
-	})
-	b.Run("redis+1ms", func(b *testing.B) {
-		url := "redis://" + delayed(b, strings.TrimPrefix(redisURL(b), "redis://"), time.Millisecond)
-		s := startVariant(b, "main", "REDIS_URL="+url)
-		_, id := s.register(newEmail())
-		compare(b, newTarget(b, clients, s.url, id), newTarget(b, clients, startVariant(b, "pooled", "REDIS_URL="+url).url, id), "pooled")
-	})
-	b.Run("pooled", func(b *testing.B) { // what batching is worth
-		s := startVariant(b, "main", "REDIS_URL="+redisURL(b))
-		_, id := s.register(newEmail())
-		compare(b, newTarget(b, clients, s.url, id), newTarget(b, clients, startVariant(b, "pooled", "REDIS_URL="+redisURL(b)).url, id), "pooled")
-	})
-	b.Run("sqlite", func(b *testing.B) {
-		s := startVariant(b, "main")
-		_, id := s.register(newEmail())
-		compare(b, newTarget(b, clients, s.url, id), bare(b, s, id), "bare")
-	})
+}
+
+// signInFrom signs in from the i-th of many networks, which no limit counts together.
+func signInFrom(s *service, email string, i int) int {
+	return s.status("POST", "/user/signin", credentials(email, password), from(fmt.Sprintf("203.0.%d.113", i)))
 }
 
 func BenchmarkSignIn(b *testing.B) {
-	s := startVariant(b, "main", "REDIS_URL="+redisURL(b), "BCRYPT_COST=10")
+	cores := runtime.GOMAXPROCS(0)
+	s := startTuned(b, "REDIS_URL="+redisURL(b), "BCRYPT_COST=10", trustLocal)
 	email := newEmail()
 	s.addAccount(email, 10)
-	hash, _ := bcrypt.GenerateFromPassword([]byte(password), 10)
-	var ratios, rates []float64
-	b.ResetTimer()
-	for done := 0; done < b.N; {
-		n := min(40, b.N-done)
-		done += n
-		turn := func(clients int, f func()) time.Duration {
-			var left atomic.Int64
-			left.Store(int64(n))
-			begin := time.Now()
-			together(clients, func(int) {
-				for left.Add(-1) >= 0 {
-					f()
-				}
-			})
-			return time.Since(begin)
+	hash := []byte(hashOf(b, password, 10))
+	signIn := func(worker int) error {
+		if status := signInFrom(s, email, worker); status != http.StatusOK {
+			return fmt.Errorf("POST /user/signin: status %d, want 200", status)
 		}
-		alone := turn(runtime.NumCPU(), func() { bcrypt.CompareHashAndPassword(hash, []byte(password)) })
-		took := turn(2*runtime.NumCPU(), func() { s.signIn(email) })
-		ratios = append(ratios, alone.Seconds()/took.Seconds())
-		rates = append(rates, float64(n)/took.Seconds())
+		return nil
 	}
-	b.ReportMetric(median(rates), "sign-ins/s")
-	b.ReportMetric(median(ratios), "rate/bcrypt")
+	compareHash := func(int) error { return bcrypt.CompareHashAndPassword(hash, []byte(password)) }
+	compare(b, turns(b, cores, cores, signIn),
+		map[string]func() speed{"bcrypt": turns(b, cores, cores, compareHash)})
 }
 
-// BenchmarkUserDuringSignIns shows what GET /user has to bear while 64 clients sign in without pause.
+// BenchmarkUserDuringSignIns shows what GET /user has to bear while 64 networks sign in without pause. Its
+// baseline is measured before that begins.
 func BenchmarkUserDuringSignIns(b *testing.B) {
-	s := startVariant(b, "main", "REDIS_URL="+redisURL(b), "BCRYPT_COST=12")
+	const workers, n = 8, 1000
+	s := startTuned(b, "REDIS_URL="+redisURL(b), "BCRYPT_COST=12", trustLocal)
 	email := newEmail()
 	s.addAccount(email, 12)
-	tg := newTarget(b, 8, s.url, s.signIn(email))
-	quiet, quietAll := tg.load(b, max(b.N, 100))
-	ctx, stop := context.WithCancel(b.Context())
+	lookUp := lookups(b, workers, s.url, s.signIn(email))
+	quiet := turns(b, workers, 20*n, lookUp)()
 	var storm sync.WaitGroup
-	var slowest, signIns, refused atomic.Int64
-	for range 64 {
+	b.Cleanup(storm.Wait)
+	for i := range 64 {
 		storm.Go(func() {
-			for ctx.Err() == nil {
-				begin := time.Now()
-				if a := s.ask("POST", "/user/signin", credentials(email, password)); a.status == 503 {
-					refused.Add(1)
-				} else {
-					signIns.Add(1)
+			for b.Context().Err() == nil { // 503 is for those that would wait too long for bcrypt
+				if status := signInFrom(s, email, i); status != 200 && status != 503 {
+					b.Errorf("POST /user/signin: status %d, want 200 or 503", status)
 				}
-				raise(&slowest, time.Since(begin))
 			}
 		})
 	}
-	eventually(b, 10*time.Second, "the storm", func() bool { return signIns.Load() > 0 })
-	begin, before := time.Now(), signIns.Load()
-	b.ResetTimer()
-	busy, busyAll := tg.load(b, max(b.N, 100))
-	b.StopTimer()
-	b.ReportMetric(float64(signIns.Load()-before)/time.Since(begin).Seconds(), "sign-ins/s")
-	stop()
-	storm.Wait()
-	b.ReportMetric(float64(quantile(busyAll, 0.99).Microseconds())/1000, "p99-ms")
-	b.ReportMetric(float64(quantile(busyAll, 0.99))/float64(quantile(quietAll, 0.99)), "p99/quiet")
-	b.ReportMetric(quiet.Seconds()/busy.Seconds(), "rate/quiet")
-	b.ReportMetric(time.Duration(slowest.Load()).Seconds(), "slowest-sign-in-s")
-}
-
-// BenchmarkGrowth compares a thousand sessions and accounts with a million: SESSION_STORAGE_LONG=1.
-func BenchmarkGrowth(b *testing.B) {
-	if !long {
-		b.Skip("SESSION_STORAGE_LONG=1 makes a million of each")
-	}
-	for _, backend := range []string{"redis", "sqlite"} {
-		b.Run(backend, func(b *testing.B) {
-			var connect []func() *target // at the end: a connection without a request is cut after 5 s
-			for _, n := range []int{1_000, 1_000_000} {
-				vars := []string{}
-				if backend == "redis" {
-					r := ownRedis(b)
-					vars = append(vars, "REDIS_URL="+r.url())
-					c, _ := redis.DialURL(r.url())
-					for i := range n {
-						u := testUser(i)
-						c.Send("HSET", sessionKey(newUUID()), "id", u.ID, "name", u.Name, "email", u.Email, "createdAt", u.CreatedAt, "updatedAt", u.UpdatedAt)
-						if i%1000 == 999 {
-							c.Do("")
-						}
-					}
-					c.Close()
-				}
-				s := startVariant(b, "main", vars...)
-				_, id := s.register(newEmail())
-				db := openSQL(b, s.dbPath)
-				if backend == "sqlite" {
-					_, err := db.Exec(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i < ?)
-						INSERT INTO sessions SELECT randomblob(32), hex(randomblob(16)), 'Ada Lovelace', i || '@example.com', '2025-03-30T20:00:00.000Z', '2025-03-30T20:00:00.000Z', 4000000000000 FROM n`, n)
-					if err != nil {
-						b.Fatal(err)
-					}
-				}
-				db.Close()
-				connect = append(connect, func() *target { return newTarget(b, 64, s.url, id) })
-			}
-			compare(b, connect[1](), connect[0](), "thousand")
-		})
-	}
-	b.Run("accounts", func(b *testing.B) {
-		var dbs []*database
-		for _, n := range []int{1_000, 1_000_000} {
-			db := openTestDatabase(b)
-			_, err := db.writer.Exec(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i < ?)
-				INSERT INTO users SELECT hex(randomblob(16)), 'Ada Lovelace', i || '@example.com', 'hash', '2025-03-30T20:00:00.000Z', '2025-03-30T20:00:00.000Z' FROM n`, n)
-			if err != nil {
-				b.Fatal(err)
-			}
-			dbs = append(dbs, db)
-		}
-		hash, _ := bcrypt.GenerateFromPassword([]byte(password), 10)
-		var ratios []float64
-		b.ResetTimer()
-		for range b.N {
-			var took [2]time.Duration
-			for i, db := range dbs {
-				begin := time.Now()
-				if _, _, err := db.UserByEmail(b.Context(), fmt.Sprintf("%d@example.com", 1+rand.N(1000))); err != nil {
-					b.Fatal(err)
-				}
-				bcrypt.CompareHashAndPassword(hash, []byte(password))
-				took[i] = time.Since(begin)
-			}
-			ratios = append(ratios, took[0].Seconds()/took[1].Seconds())
-		}
-		b.ReportMetric(median(ratios), "rate/thousand")
-	})
+	compare(b, turns(b, workers, n, lookUp), map[string]func() speed{"quiet": func() speed { return quiet }})
 }

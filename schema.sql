@@ -1,23 +1,30 @@
--- The account database. Applied at each start; every statement can be repeated.
--- Times of users are text, UTC with milliseconds: 2025-03-30T20:00:00.000Z.
+-- The account database. Applied at each start; idempotent.
 
-CREATE TABLE IF NOT EXISTS users (
-    id            TEXT NOT NULL PRIMARY KEY, -- opaque; a random UUID for users registered here
-    name          TEXT NOT NULL,             -- as registered, trimmed, 1 to 100 characters
-    email         TEXT NOT NULL UNIQUE,      -- trimmed and lower-cased, at most 254 bytes
-    password_hash TEXT NOT NULL,             -- bcrypt, $2a$ or $2b$
-    created_at    TEXT NOT NULL,             -- time of registration
-    updated_at    TEXT NOT NULL              -- time of the last change that the user would notice
-) STRICT;
+-- The table and the index of the original program, to the letter, so that either program can use the other's
+-- file. The declared type DATETIME matters to Prisma: with another one it reads dates back as null.
+-- createdAt and updateAt are Unix milliseconds (INTEGER). Rows of the original may hold text.
+-- password is a bcrypt hash: $2a$, $2b$ or $2y$.
+CREATE TABLE IF NOT EXISTS "users" (
+    "id" TEXT NOT NULL PRIMARY KEY,
+    "name" TEXT NOT NULL,
+    "email" TEXT NOT NULL,
+    "password" TEXT NOT NULL,
+    "createdAt" DATETIME NOT NULL DEFAULT CURRENT_TIMESTAMP,
+    "updateAt" DATETIME NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS "users_email_key" ON "users"("email");
 
--- Sessions, when there is no Redis. Each holds the user as of its creation, as the Redis hashes do.
+-- Finds an email in any case of its ASCII letters. Not unique: the original has accounts that differ by case.
+CREATE INDEX IF NOT EXISTS "users_email_nocase" ON "users"("email" COLLATE NOCASE);
+
+-- Sessions, when there is no Redis. Each holds the user as of the sign-in, as the Redis hashes do.
 CREATE TABLE IF NOT EXISTS sessions (
     id_hash    BLOB    NOT NULL PRIMARY KEY, -- SHA-256 of the session id: a stolen file opens no session
     user_id    TEXT    NOT NULL,             -- no foreign key: a registration makes its session first
     name       TEXT    NOT NULL,
     email      TEXT    NOT NULL,
-    created_at TEXT    NOT NULL,             -- of the user, as above
-    updated_at TEXT    NOT NULL,             -- of the user, as above
+    created_at TEXT    NOT NULL,             -- of the user, UTC with milliseconds: 2025-03-30T20:00:00.000Z
+    updated_at TEXT    NOT NULL,             -- of the user, in the same form
     expires_at INTEGER NOT NULL              -- end of the session, Unix milliseconds
 ) STRICT, WITHOUT ROWID;
 

@@ -1,455 +1,1149 @@
-// Sessions: what a session backend promises, session ids and the cookie, and the Redis backend.
+// Sessions: what a session backend promises, session ids and times, and the Redis backend.
 
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
 	"errors"
-	"expvar"
 	"fmt"
 	"net"
-	"net/http"
 	"net/url"
-	"regexp"
+	"os"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
 )
 
-// SessionStore keeps sessions. It has no update: what is never rewritten cannot come back to life when a
-// slow request writes after a sign-out.
+// User is an account as its owner sees it, and what a session holds of it. Times are in timeFormat. The JSON
+// is the original program's, its spelling of updateAt included.
+type User struct {
+	ID        string `json:"id"`
+	Name      string `json:"name"`
+	Email     string `json:"email"`
+	CreatedAt string `json:"createdAt"`
+	UpdatedAt string `json:"updateAt"`
+}
+
+// SessionStore keeps sessions. It has no update. Otherwise a slow request could write a session back after
+// its sign-out.
 //
-// Every method may be called from any goroutine, gives up within 3 s, and keeps "there is no such
-// session" (errNoSession), which signs a user out, apart from "I could not find out" (an error wrapping
-// errUnavailable), which must not.
+// Every method may be called from any goroutine and gives up within 3 s, but for a commit that has begun.
+// "There is no such session" (errNoSession) signs a user out. "I could not find out" must not: it is an
+// error that wraps errUnavailable.
 type SessionStore interface {
-	// Create makes session id for user, to live for ttl (whole seconds), and in the same step deletes
-	// the session that it replaces unless replaced is empty. After an error no session id exists that
-	// does not end by itself.
-	Create(ctx context.Context, id, replaced string, user User, ttl time.Duration) error
-	// Get returns the user as of the session's creation. A session that is missing, expired or
-	// unreadable is errNoSession.
+	// Create makes session id for user, to live for ttl (whole seconds). After an error the session may
+	// exist, but then it expires. After errLost the caller may try again, with a new id.
+	Create(ctx context.Context, id string, user User, ttl time.Duration) error
+	// Get returns the user as of the session's creation. A session that is missing, expired or unreadable is
+	// errNoSession.
 	Get(ctx context.Context, id string) (User, error)
-	// Delete ends session id. One that does not exist is no error.
+	// Delete ends session id. One that is missing or expired is errNoSession.
 	Delete(ctx context.Context, id string) error
-	// Ping returns nil when the store answers.
+	// Ping returns nil when the store answers, even if it takes no writes.
 	Ping(ctx context.Context) error
-	// Close releases what the store holds.
+	// Close releases what the store holds. Calls in progress return errUnavailable.
 	Close() error
 }
 
-var errUnavailable = errors.New("store unavailable")
-
-// unavailable marks err as a store's failure to answer.
-func unavailable(err error) error { return fmt.Errorf("%w: %w", errUnavailable, err) }
-
-// timeFormat is how times are stored and sent: UTC, milliseconds, as JavaScript's Date.toISOString.
-const timeFormat = "2006-01-02T15:04:05.000Z"
-
-// normalizeTime brings a time of a session hash into timeFormat. It reads RFC 3339 and JavaScript's
-// Date.toString, such as "Sun Mar 30 2025 20:00:00 GMT+0000 (Coordinated Universal Time)".
-func normalizeTime(text string) (string, error) {
-	t, err := time.Parse(time.RFC3339, text)
-	if err != nil {
-		text, _, _ = strings.Cut(text, " (")
-		t, err = time.Parse("Mon Jan 02 2006 15:04:05 GMT-0700", text)
-	}
-	return t.UTC().Format(timeFormat), err
-}
+var (
+	errNoSession   = errors.New("no such session")
+	errUnavailable = errors.New("store unavailable")
+	// errRefused is an errUnavailable: the store was reached, and said no.
+	errRefused = fmt.Errorf("%w: refused", errUnavailable)
+	// errLost is an errUnavailable: the answer was lost on the way, and what was asked may have been done.
+	errLost = fmt.Errorf("%w: answer lost", errUnavailable)
+)
 
 // newUUID returns a random (version 4) UUID, RFC 9562: 122 bits from the system's generator.
 func newUUID() string {
 	var b [16]byte
-	rand.Read(b[:]) // never fails: it would end the process
-	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	rand.Read(b[:])         // never returns an error: it would end the process
+	b[6] = b[6]&0x0f | 0x40 // version 4
+	b[8] = b[8]&0x3f | 0x80 // variant of RFC 9562
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
+// isUUID tells whether s has the form of a UUID, of any version.
 func isUUID(s string) bool {
-	return len(s) == 36 && s[8] == '-' && s[13] == '-' && s[18] == '-' && s[23] == '-' &&
-		strings.Count(s, "-") == 4 && strings.Trim(s, "0123456789-abcdefABCDEF") == ""
+	if len(s) != 36 {
+		return false
+	}
+	for i := range len(s) {
+		switch c := s[i]; {
+		case i == 8 || i == 13 || i == 18 || i == 23:
+			if c != '-' {
+				return false
+			}
+		case c >= '0' && c <= '9', c >= 'a' && c <= 'f', c >= 'A' && c <= 'F':
+		default:
+			return false
+		}
+	}
+	return true
 }
 
-const cookieName = "session-id"
+// timeFormat is how times are sent and, in Redis, stored: UTC, milliseconds, as JavaScript's
+// Date.toISOString.
+const timeFormat = "2006-01-02T15:04:05.000Z"
 
-// sessionID returns the session id in the request's cookie, or "" when there is none that could be one.
-func sessionID(r *http.Request) string {
-	if cookie, err := r.Cookie(cookieName); err == nil && isUUID(cookie.Value) {
-		return cookie.Value
+// formatTime returns t in timeFormat, and false if its year has more than four digits.
+func formatTime(t time.Time) (string, bool) {
+	t = t.UTC()
+	if t.Year() < 0 || t.Year() > 9999 {
+		return "", false
 	}
-	return ""
+	return t.Format(timeFormat), true
 }
 
-// setSessionCookie sends the session cookie; an empty id clears it.
-func (s *server) setSessionCookie(w http.ResponseWriter, id string) {
-	maxAge := int(s.cfg.sessionTTL / time.Second)
-	if id == "" {
-		maxAge = -1 // written as Max-Age=0
-	}
-	http.SetCookie(w, &http.Cookie{Name: cookieName, Value: id, Path: "/", MaxAge: maxAge,
-		HttpOnly: true, Secure: s.cfg.cookieSecure, SameSite: http.SameSiteLaxMode})
-}
-
-// redisTarget is where sessions are: one Redis, or the primary of a name that sentinels know.
-type redisTarget struct {
-	url, scheme string
-	addrs       []string           // host:port of the Redis, or of each sentinel
-	primary     string             // its name, "" without sentinels
-	login       []redis.DialOption // user, password and database
-}
-
-const redisURLForms = "redis://[user:password@]host:port[/db], rediss://… for TLS, or " +
-	"redis-sentinel://[user:password@]host:port[,host:port…]/primary[/db], special characters percent-encoded"
-
-// parseRedisURL reads a URL of one of redisURLForms.
-func parseRedisURL(value string) (t *redisTarget, ok bool) {
-	hosts := `([^@/?#,]+)()`
-	if strings.HasPrefix(value, "redis-sentinel:") {
-		hosts = `([^@/?#]+)/([^/?#]+)`
-	}
-	form := `^(rediss?|redis-sentinel)://((?:[^:@/?#]*:[^@/?#]+@)?)` + hosts + `(?:/(\d{0,9}))?$`
-	m := regexp.MustCompile(form).FindStringSubmatch(value)
-	if m == nil {
-		return nil, false
-	}
-	t = &redisTarget{url: value, scheme: m[1], addrs: strings.Split(m[3], ","), primary: m[4]}
-	account, err := url.Parse("redis://" + m[2])
+// parseRFC3339 reads a time of RFC 3339 and returns it in timeFormat.
+func parseRFC3339(text string) (string, bool) {
+	t, err := time.Parse(time.RFC3339, text)
 	if err != nil {
-		return nil, false
+		return "", false
 	}
-	password, _ := account.User.Password()
-	db, _ := strconv.Atoi(m[5])
-	t.login = []redis.DialOption{redis.DialUsername(account.User.Username()), redis.DialPassword(password), redis.DialDatabase(db)}
-	return t, !slices.ContainsFunc(t.addrs, func(addr string) bool { return strings.HasPrefix(addr, ":") || !validAddr(addr) })
+	if len(text) == len(timeFormat) && text[19] == '.' && text[23] == 'Z' {
+		return text, true // it is in timeFormat
+	}
+	return formatTime(t)
 }
 
-// redactURL takes whatever could be a password out of a URL that may be malformed.
-func redactURL(value string) string {
-	return regexp.MustCompile(`(?s)^([a-z-]+://)?.*@|[?#].*`).ReplaceAllString(value, "$1…")
+// parseSessionTime reads a time of a session hash and returns it in timeFormat. It takes RFC 3339 and
+// JavaScript's Date.toString, such as "Sun Mar 30 2025 20:00:00 GMT+0000 (Coordinated Universal Time)", whose
+// bracket is in the server's language and may be missing.
+func parseSessionTime(text string) (string, bool) {
+	if formatted, ok := parseRFC3339(text); ok {
+		return formatted, true
+	}
+	text, _, _ = strings.Cut(text, " (")
+	t, err := time.Parse("Mon Jan 02 2006 15:04:05 GMT-0700", text)
+	if err != nil {
+		return "", false
+	}
+	return formatTime(t)
 }
 
-// dial connects to Redis, bounded by ctx. Sentinels are asked in turn at every dial, so that a failover
-// asks for nothing else.
-func (t *redisTarget) dial(ctx context.Context) (c redis.Conn, err error) {
+// userTimes returns a user's two times in timeFormat, as far as parse can read them. A date that cannot be
+// read must not sign anybody out. updated lists candidates for the second time, the best first. A time that
+// cannot be read takes the other's value, and if neither can be, both are 1970.
+func userTimes(parse func(string) (string, bool), createdAt string, updated ...string) (string, string) {
+	created, createdOK := parse(createdAt)
+	for _, text := range updated {
+		updatedAt, ok := parse(text)
+		if ok && createdOK {
+			return created, updatedAt
+		}
+		if ok {
+			return updatedAt, updatedAt
+		}
+	}
+	if createdOK {
+		return created, created
+	}
+	const epoch = "1970-01-01T00:00:00.000Z"
+	return epoch, epoch
+}
+
+// How long an operation on Redis may take. The worst is 2 s: connectTimeout until there is a connection,
+// and then replyTimeout. Past patience an operation is not sent any more.
+const (
+	connectTimeout  = time.Second            // dialling, all sentinels included
+	sentinelTimeout = 500 * time.Millisecond // one sentinel and the primary that it names
+	replyTimeout    = time.Second            // from sending to the last reply of a flush
+	patience        = time.Second
+	connLifetime    = time.Minute // so that a failover behind a stable name is noticed
+	renewalPause    = time.Second // between attempts to replace a connection that still works
+	maxQueued       = 8192        // operations that wait to be sent
+)
+
+// redisSessions is the Redis backend: one hash a session, as the original program wrote them.
+//
+// It is a pipeline on one connection. Each operation is queued (enqueue). One goroutine at a time sends all
+// that are queued, as a flush (sendQueued). Another reads the replies in order and hands them out
+// (receive). No operation waits for another's reply.
+type redisSessions struct {
+	target *redisTarget
+	stats  redisStats
+
+	mu        sync.Mutex
+	queue     []*operation
+	sending   bool       // a goroutine sends what is queued
+	conn      *redisConn // nil before the first one
+	successor *redisConn // to replace conn at the next flush
+	renewing  bool       // a successor is dialled
+	renewedAt time.Time  // the last attempt to dial one
+	closed    bool
+}
+
+// redisStats counts since the start.
+type redisStats struct {
+	operations atomic.Int64
+	flushes    atomic.Int64
+	retries    atomic.Int64
+	dials      atomic.Int64
+}
+
+// metrics returns what was counted since the start, by name.
+func (s *redisSessions) metrics() map[string]int64 {
+	return map[string]int64{
+		"redis operations": s.stats.operations.Load(),
+		"redis flushes":    s.stats.flushes.Load(),
+		"redis retries":    s.stats.retries.Load(),
+		"redis dials":      s.stats.dials.Load(),
+	}
+}
+
+// operation is what one request wants of Redis.
+type operation struct {
+	commands []command // several are one transaction on one key
+	deadline time.Time // past it the operation is not sent any more
+	once     bool      // it may be sent once only
+	retried  bool      // it has had its second try
+
+	// To be read when done is closed.
+	answer answer
+	conn   *redisConn // that brought the answer
+	err    error      // there is no answer; wraps errUnavailable
+	done   chan struct{}
+}
+
+type command struct {
+	name string
+	args []any
+}
+
+// answer is what Redis said to an operation.
+type answer struct {
+	reply   any         // to the last command
+	refusal redis.Error // the first error among the replies, "" for none
+}
+
+func newRedisSessions(target *redisTarget) *redisSessions {
+	return &redisSessions{target: target}
+}
+
+func sessionKey(id string) string { return "session:" + id }
+
+// Create sends one transaction, so that no session can be left without an end.
+func (s *redisSessions) Create(ctx context.Context, id string, user User, ttl time.Duration) error {
+	key := sessionKey(id)
+	op := newOperation(ctx,
+		command{"MULTI", nil},
+		command{"HSET", []any{key, "id", user.ID, "name", user.Name, "email", user.Email,
+			"createdAt", user.CreatedAt, "updatedAt", user.UpdatedAt}},
+		command{"EXPIRE", []any{key, int64(ttl / time.Second)}},
+		command{"EXEC", nil})
+	op.once = true // a first try that arrives late could bring the session back after its DEL
+	err := s.do(op)
+	if err == nil {
+		err = op.distrust(decodeCreated(op.answer.reply))
+	}
+	if errors.Is(err, errRefused) {
+		// Part of it may have been done: EXEC does not roll back, and after a refused MULTI the rest runs
+		// singly. What this leaves behind expires, should the deletion fail.
+		go s.Delete(context.WithoutCancel(ctx), id)
+	}
+	return err
+}
+
+func (s *redisSessions) Get(ctx context.Context, id string) (User, error) {
+	op := newOperation(ctx, command{"HGETALL", []any{sessionKey(id)}})
+	err := s.do(op)
+	if strings.HasPrefix(string(op.answer.refusal), "WRONGTYPE") {
+		return User{}, errNoSession // the key holds something else than a hash
+	}
+	if err != nil {
+		return User{}, err
+	}
+	user, err := decodeUser(op.answer.reply)
+	return user, op.distrust(err)
+}
+
+func (s *redisSessions) Delete(ctx context.Context, id string) error {
+	op := newOperation(ctx, command{"DEL", []any{sessionKey(id)}})
+	if err := s.do(op); err != nil {
+		return err
+	}
+	deleted, ok := op.answer.reply.(int64)
+	if !ok {
+		return op.distrust(errReplyShape)
+	}
+	if deleted == 0 {
+		return errNoSession
+	}
+	return nil
+}
+
+// Ping sends an empty flush, which is only its ECHO.
+func (s *redisSessions) Ping(ctx context.Context) error {
+	return s.do(newOperation(ctx))
+}
+
+func (s *redisSessions) Close() error {
+	s.mu.Lock()
+	s.closed = true
+	queue := s.queue
+	s.queue = nil
+	conns := []*redisConn{s.conn, s.successor}
+	s.mu.Unlock()
+	for _, op := range queue {
+		op.finish(errClosed)
+	}
+	for _, conn := range conns {
+		if conn != nil {
+			conn.fail(errClosed, nil)
+		}
+	}
+	return nil
+}
+
+var (
+	errClosed     = errors.New("the session store is closed")
+	errQueueFull  = errors.New("too many requests wait for Redis")
+	errTooLate    = errors.New("no connection to Redis in time")
+	errReplyShape = fmt.Errorf("%w: a reply of the wrong shape", errUnavailable)
+	errOutOfStep  = errors.New("replies out of step")
+	errReplySize  = errors.New("a reply larger than any session")
+)
+
+// newOperation returns an operation that expires after patience, or earlier if it could otherwise not be
+// answered by ctx's deadline. Cancelling ctx does nothing: to watch for that would cost more than a lookup
+// takes.
+func newOperation(ctx context.Context, commands ...command) *operation {
+	op := &operation{commands: commands, deadline: time.Now().Add(patience), done: make(chan struct{})}
+	if deadline, ok := ctx.Deadline(); ok && deadline.Add(-replyTimeout).Before(op.deadline) {
+		op.deadline = deadline.Add(-replyTimeout)
+	}
+	return op
+}
+
+// do has an operation sent and waits for its answer. It returns errRefused if Redis refused one of the
+// commands.
+func (s *redisSessions) do(op *operation) error {
+	s.stats.operations.Add(1)
+	if err := s.enqueue(op); err != nil {
+		return unavailable(err)
+	}
+	<-op.done
+	if op.err != nil {
+		return op.err
+	}
+	if op.answer.refusal != "" {
+		return unavailable(op.answer.refusal)
+	}
+	return nil
+}
+
+// distrust ends the connection that brought the answer if err says that it has the wrong shape. It returns
+// err.
+func (op *operation) distrust(err error) error {
+	if errors.Is(err, errReplyShape) {
+		op.conn.fail(err, nil)
+	}
+	return err
+}
+
+// unavailable marks err as errRefused if Redis said it, and as errUnavailable otherwise. Redis quotes
+// arguments behind ", with args", such as session ids and passwords, which no log may hold.
+func unavailable(err error) error {
+	if errors.Is(err, errUnavailable) {
+		return err
+	}
+	if _, refused := errors.AsType[redis.Error](err); refused {
+		text, _, _ := strings.Cut(err.Error(), ", with args")
+		return fmt.Errorf("%w: %w", errRefused, redis.Error(text))
+	}
+	return fmt.Errorf("%w: %w", errUnavailable, err)
+}
+
+// enqueue sees to it that op is sent and, in the end, finished.
+func (s *redisSessions) enqueue(op *operation) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return errClosed
+	}
+	if len(s.queue) >= maxQueued {
+		return errQueueFull
+	}
+	s.queue = append(s.queue, op)
+	if !s.sending {
+		s.sending = true
+		go s.sendQueued()
+	}
+	return nil
+}
+
+// sendQueued sends what is queued, until nothing is.
+func (s *redisSessions) sendQueued() {
+	for {
+		runtime.Gosched() // requests that are ready to run join this flush
+		s.mu.Lock()
+		operations := s.queue
+		s.queue = make([]*operation, 0, len(operations))
+		if len(operations) == 0 {
+			s.sending = false
+			s.mu.Unlock()
+			return
+		}
+		s.mu.Unlock()
+		conn, err := s.connection()
+		if err != nil {
+			for _, op := range operations {
+				op.finish(err)
+			}
+			continue
+		}
+		conn.send(operations)
+	}
+}
+
+// connection returns the connection to send on. It dials the first one, and one in place of one that failed.
+func (s *redisSessions) connection() (*redisConn, error) {
+	if conn := s.current(); conn != nil {
+		return conn, nil
+	}
+	conn, err := s.dial()
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.conn = conn
+	if s.closed {
+		conn.fail(errClosed, nil)
+	}
+	return conn, nil
+}
+
+// current returns the connection if it works, or its successor. An old connection is used until its
+// successor stands.
+func (s *redisSessions) current() *redisConn {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.successor != nil && !s.successor.failed() {
+		s.conn.retire()
+		s.conn = s.successor
+	}
+	s.successor = nil
+	if s.conn == nil || s.conn.failed() {
+		return nil
+	}
+	if time.Since(s.conn.dialedAt) > connLifetime {
+		s.startRenewal()
+	}
+	return s.conn
+}
+
+// startRenewal dials a successor to the connection, unless that is being done or was tried just now. The
+// caller holds s.mu.
+func (s *redisSessions) startRenewal() {
+	if !s.renewing && time.Since(s.renewedAt) > renewalPause {
+		s.renewing = true
+		go s.renew()
+	}
+}
+
+func (s *redisSessions) renew() {
+	conn, err := s.dial()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.renewing = false
+	s.renewedAt = time.Now()
+	if err != nil {
+		return
+	}
+	s.successor = conn
+	if s.closed {
+		conn.fail(errClosed, nil)
+	}
+}
+
+// dial returns a connection that stands: Redis has answered on it.
+func (s *redisSessions) dial() (*redisConn, error) {
+	s.stats.dials.Add(1)
+	ctx, cancel := context.WithTimeout(context.Background(), connectTimeout)
+	defer cancel()
+	link, err := s.target.dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	nonce := rand.Text()
+	echo, err := redis.String(link.Do("ECHO", nonce))
+	if err == nil && echo != nonce {
+		err = errOutOfStep
+	}
+	if err != nil {
+		link.Close()
+		return nil, err
+	}
+	link.socket.Conn.SetDeadline(time.Time{})
+	link.socket.maxDepth = 1
+	conn := &redisConn{sessions: s, link: link, dialedAt: time.Now(), noncePrefix: nonce}
+	conn.changed.L = &conn.mu
+	go conn.receive()
+	return conn, nil
+}
+
+// settle ends an operation whose connection failed, or has it sent once more on a fresh one. What timed out
+// is not tried again. spendsRetry is false where the operation only shared its connection with a reply too
+// large.
+func (s *redisSessions) settle(op *operation, err error, spendsRetry bool) {
+	timedOut := errors.Is(err, os.ErrDeadlineExceeded)
+	if op.once && !timedOut {
+		err = fmt.Errorf("%w: %w", errLost, err)
+	}
+	if !op.once && !op.retried && !timedOut && time.Now().Before(op.deadline) {
+		op.retried = spendsRetry
+		s.stats.retries.Add(1)
+		if s.enqueue(op) == nil {
+			return
+		}
+	}
+	op.finish(err)
+}
+
+func (op *operation) finish(err error) {
+	op.err = unavailable(err)
+	close(op.done)
+}
+
+// redisConn is a connection and what was sent on it and is not answered yet.
+type redisConn struct {
+	sessions    *redisSessions
+	link        *redisLink
+	dialedAt    time.Time
+	noncePrefix string // never used before
+	flushed     int    // flushes so far; only the sender counts
+
+	mu       sync.Mutex
+	changed  sync.Cond
+	inFlight []*flush // the oldest first
+	err      error    // why it ended; nothing is in flight then
+	retired  bool     // nothing more is sent
+}
+
+// flush is a batch of operations that are sent together. It ends in an ECHO of a nonce: unless that comes
+// back in its place none of the replies is believed. A connection that is a single reply out of step would
+// hand each client the session of the one before it. The order of replies within a flush is trusted.
+type flush struct {
+	operations []*operation
+	answers    []answer // to operations, in their order
+	nonce      string
+	deadline   time.Time
+}
+
+// send sends operations as a flush. Only one goroutine at a time may call it.
+func (c *redisConn) send(operations []*operation) {
+	now := time.Now()
+	c.flushed++
+	f := &flush{
+		operations: operations[:0],
+		nonce:      c.noncePrefix + strconv.Itoa(c.flushed),
+		deadline:   now.Add(replyTimeout),
+	}
+	for _, op := range operations {
+		if now.Before(op.deadline) {
+			f.operations = append(f.operations, op)
+		} else {
+			op.finish(errTooLate)
+		}
+	}
+	c.mu.Lock()
+	err := c.err
+	if err == nil {
+		c.inFlight = append(c.inFlight, f)
+	}
+	c.mu.Unlock()
+	if err != nil {
+		for _, op := range f.operations {
+			c.sessions.settle(op, err, true)
+		}
+		return
+	}
+	c.changed.Signal() // replies may have to be read before all is written
+	c.sessions.stats.flushes.Add(1)
+	// If the connection is closed, whoever closed it fails it and knows why.
+	if err := c.write(f); err != nil && !errors.Is(err, net.ErrClosed) {
+		c.fail(err, nil)
+	}
+}
+
+func (c *redisConn) write(f *flush) error {
+	c.link.socket.Conn.SetWriteDeadline(f.deadline)
+	for _, op := range f.operations {
+		for _, cmd := range op.commands {
+			if err := c.link.Send(cmd.name, cmd.args...); err != nil {
+				return err
+			}
+		}
+	}
+	if err := c.link.Send("ECHO", f.nonce); err != nil {
+		return err
+	}
+	return c.link.Flush()
+}
+
+// receive reads the replies to what was sent, flush after flush, until the connection ends.
+func (c *redisConn) receive() {
+	for {
+		f := c.oldest()
+		if f == nil {
+			c.link.Close()
+			return
+		}
+		if culprit, err := c.receiveFlush(f); err != nil {
+			c.fail(err, culprit)
+			return
+		}
+		if !c.answered() {
+			return // fail has told each operation
+		}
+		for i, op := range f.operations {
+			op.answer = f.answers[i]
+			op.conn = c
+			close(op.done)
+		}
+	}
+}
+
+// oldest waits for a flush to be in flight and returns the oldest. It returns nil when the connection has
+// ended.
+func (c *redisConn) oldest() *flush {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for len(c.inFlight) == 0 {
+		if c.err != nil || c.retired {
+			return nil
+		}
+		c.changed.Wait()
+	}
+	return c.inFlight[0]
+}
+
+// answered takes the oldest flush off what is in flight. It is false when the connection has failed.
+func (c *redisConn) answered() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return false
+	}
+	c.inFlight = c.inFlight[1:]
+	return true
+}
+
+// receiveFlush reads the answers to f and proves them. After an error they are worth nothing; culprit is the
+// operation whose reply was too large.
+func (c *redisConn) receiveFlush(f *flush) (culprit *operation, err error) {
+	c.link.socket.Conn.SetReadDeadline(f.deadline)
+	f.answers = make([]answer, len(f.operations))
+	for i, op := range f.operations {
+		err := c.receiveAnswer(op, &f.answers[i])
+		if errors.Is(err, errReplySize) {
+			return op, err
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	proof, err := c.link.Receive()
+	if err != nil {
+		return nil, err
+	}
+	if nonce, ok := proof.([]byte); !ok || string(nonce) != f.nonce {
+		return nil, errOutOfStep
+	}
+	return nil, nil
+}
+
+func (c *redisConn) receiveAnswer(op *operation, a *answer) error {
+	for range op.commands {
+		reply, err := c.link.Receive()
+		refusal, refused := err.(redis.Error)
+		if err != nil && !refused {
+			return err
+		}
+		if refused && a.refusal == "" {
+			a.refusal = refusal
+		}
+		if strings.HasPrefix(string(refusal), "READONLY") { // it is no primary any more
+			c.sessions.mu.Lock()
+			c.sessions.startRenewal()
+			c.sessions.mu.Unlock()
+		}
+		a.reply = reply
+	}
+	return nil
+}
+
+// fail ends the connection. Every connection with something in flight ends here, and the first error wins.
+// All operations in flight are settled, except a culprit, which is not tried again.
+func (c *redisConn) fail(err error, culprit *operation) {
+	c.mu.Lock()
+	if c.err == nil {
+		c.err = err
+	}
+	inFlight := c.inFlight
+	c.inFlight = nil
+	c.mu.Unlock()
+	c.changed.Signal()
+	c.link.Close()
+	for _, f := range inFlight {
+		for _, op := range f.operations {
+			if op == culprit {
+				op.finish(err)
+			} else {
+				c.sessions.settle(op, err, culprit == nil)
+			}
+		}
+	}
+}
+
+func (c *redisConn) failed() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err != nil
+}
+
+// retire ends the connection when all that is in flight is answered.
+func (c *redisConn) retire() {
+	c.mu.Lock()
+	c.retired = true
+	c.mu.Unlock()
+	c.changed.Signal()
+}
+
+// decodeCreated reads EXEC's reply: what HSET and EXPIRE answered. redigo takes errors within it for values.
+func decodeCreated(reply any) error {
+	results, ok := reply.([]any)
+	if !ok || len(results) != 2 {
+		return errReplyShape
+	}
+	for _, result := range results {
+		switch result := result.(type) {
+		case redis.Error:
+			return unavailable(result)
+		case int64:
+		default:
+			return errReplyShape
+		}
+	}
+	if results[1] != any(int64(1)) {
+		return fmt.Errorf("%w: EXPIRE answered %d", errRefused, results[1])
+	}
+	return nil
+}
+
+// decodeUser reads HGETALL's reply. A hash without an id is errNoSession, what is no hash errReplyShape,
+// and one too large for a session errUnavailable.
+func decodeUser(reply any) (User, error) {
+	fields, ok := reply.([]any)
+	if !ok || len(fields)%2 != 0 {
+		return User{}, errReplyShape
+	}
+	var user User
+	var createdAt, updatedAt, updateAt string
+	for i := 0; i < len(fields); i += 2 {
+		name, isName := fields[i].([]byte)
+		value, isValue := fields[i+1].([]byte)
+		if fields[i] == any(tooLarge) || fields[i+1] == any(tooLarge) {
+			return User{}, unavailable(errReplySize)
+		}
+		if !isName || !isValue {
+			return User{}, errReplyShape
+		}
+		switch string(name) {
+		case "id":
+			user.ID = string(value)
+		case "name":
+			user.Name = string(value)
+		case "email":
+			user.Email = string(value)
+		case "createdAt":
+			createdAt = string(value)
+		case "updatedAt":
+			updatedAt = string(value)
+		case "updateAt": // the original's
+			updateAt = string(value)
+		}
+	}
+	if user.ID == "" {
+		return User{}, errNoSession
+	}
+	user.CreatedAt, user.UpdatedAt = userTimes(parseSessionTime, createdAt, updatedAt, updateAt)
+	return user, nil
+}
+
+// redisTarget is where sessions are: one Redis, or the primary that sentinels know by name.
+type redisTarget struct {
+	scheme   string   // redis, rediss or redis-sentinel
+	addrs    []string // host:port of the Redis, or of each sentinel
+	primary  string   // its name, "" without sentinels
+	user     string   // with an empty password too: no login
+	password string
+	database int
+
+	sentinel atomic.Int32 // the index of the one to ask first
+}
+
+const redisURLForms = "redis://[[user]:password@]host[:port][/database], rediss://… the same over TLS, " +
+	"or redis-sentinel://[[user]:password@]host[:port][,host[:port]…]/primary[/database], " +
+	"with special characters percent-encoded"
+
+// parseRedisURL reads a URL of one of redisURLForms. Its errors tell nothing of the text: it may hold a
+// password.
+func parseRedisURL(text string) (*redisTarget, error) {
+	scheme, rest, _ := strings.Cut(text, "://")
+	sentinels := scheme == "redis-sentinel"
+	if scheme != "redis" && scheme != "rediss" && !sentinels {
+		return nil, errors.New("the scheme is none of these")
+	}
+	authority, path, _ := strings.Cut(rest, "/")
+	t := &redisTarget{scheme: scheme}
+	if err := t.parseAuthority(authority); err != nil {
+		return nil, err
+	}
+	if len(t.addrs) > 1 && !sentinels {
+		return nil, errors.New("only redis-sentinel:// takes several hosts")
+	}
+	database := path
+	if sentinels {
+		var name string
+		name, database, _ = strings.Cut(path, "/")
+		primary, err := url.PathUnescape(name)
+		if err != nil || primary == "" || strings.ContainsAny(name, "?#@") {
+			return nil, errors.New("the primary's name is missing or malformed")
+		}
+		t.primary = primary
+	}
+	if database != "" {
+		n, err := strconv.ParseUint(database, 10, 31)
+		if err != nil {
+			return nil, errors.New("the database is no whole number")
+		}
+		t.database = int(n)
+	}
+	return t, nil
+}
+
+// parseAuthority reads login and hosts. As net/url takes one host, each is parsed with the login.
+func (t *redisTarget) parseAuthority(authority string) error {
+	login := ""
+	hosts := authority
+	if before, after, ok := strings.Cut(authority, "@"); ok {
+		login = before + "@"
+		hosts = after
+	}
+	if login != "" && !strings.Contains(login, ":") || strings.Contains(hosts, "@") {
+		return errors.New("a login is user:password@ or :password@")
+	}
+	for host := range strings.SplitSeq(hosts, ",") {
+		u, err := url.Parse("redis://" + login + host)
+		if err != nil || u.RawQuery != "" || u.Fragment != "" || u.ForceQuery {
+			return errors.New("it is no such URL")
+		}
+		addr, err := redisAddr(u, t.scheme == "redis-sentinel")
+		if err != nil {
+			return err
+		}
+		t.addrs = append(t.addrs, addr)
+		t.user = u.User.Username()
+		t.password, _ = u.User.Password()
+	}
+	return nil
+}
+
+// redisAddr returns the URL's host:port, with the default port where there is none.
+func redisAddr(u *url.URL, sentinel bool) (string, error) {
+	if u.Hostname() == "" {
+		return "", errors.New("a host is missing")
+	}
+	if strings.Count(u.Host, ":") > 1 && !strings.HasPrefix(u.Host, "[") {
+		return "", errors.New("an IPv6 address stands in brackets")
+	}
+	port := u.Port()
+	if port == "" && sentinel {
+		port = "26379"
+	} else if port == "" {
+		port = "6379"
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return "", errors.New("a port is not from 1 to 65535")
+	}
+	return net.JoinHostPort(u.Hostname(), port), nil
+}
+
+// String returns the URL without the login.
+func (t *redisTarget) String() string {
+	hosts := strings.ReplaceAll(strings.Join(t.addrs, ","), "%", "%25") // of an IPv6 zone
+	text := t.scheme + "://" + hosts
+	if t.primary != "" {
+		text += "/" + url.PathEscape(t.primary)
+	}
+	if t.database != 0 || t.primary == "" {
+		text += "/" + strconv.Itoa(t.database)
+	}
+	return text
+}
+
+// redisLink is a connection of redigo and the socket under it.
+type redisLink struct {
+	redis.Conn
+	socket *guardedSocket
+}
+
+// dial connects to Redis until ctx ends. Sentinels are asked in turn at every dial, so that a failover asks
+// for nothing else.
+func (t *redisTarget) dial(ctx context.Context) (*redisLink, error) {
 	if t.primary == "" {
-		return t.connect(ctx, t.addrs[0], t.login...)
+		return t.dialServer(ctx, t.addrs[0])
 	}
 	var errs []error
-	for _, sentinel := range t.addrs {
-		if c, err = t.dialPrimary(ctx, sentinel); err == nil {
-			return c, nil
+	first := int(t.sentinel.Load())
+	for i := range t.addrs {
+		next := (first + i) % len(t.addrs)
+		t.sentinel.Store(int32(next))
+		if ctx.Err() != nil {
+			break // the next dial begins here
 		}
-		errs = append(errs, fmt.Errorf("sentinel %s: %w", sentinel, err))
+		link, err := t.dialPrimary(ctx, t.addrs[next])
+		if err == nil {
+			return link, nil
+		}
+		errs = append(errs, fmt.Errorf("sentinel %s: %w", t.addrs[next], err))
 	}
 	return nil, errors.Join(errs...)
 }
 
 // dialPrimary connects to the primary that one sentinel names. A sentinel that has not yet heard of a
-// failover names the old one, which its ROLE betrays.
-func (t *redisTarget) dialPrimary(ctx context.Context, sentinel string) (redis.Conn, error) {
+// failover names the old one, which then says in its ROLE that it is a replica.
+func (t *redisTarget) dialPrimary(ctx context.Context, sentinel string) (*redisLink, error) {
 	ctx, cancel := context.WithTimeout(ctx, sentinelTimeout)
 	defer cancel()
-	c, err := t.connect(ctx, sentinel)
+	addr, err := t.askSentinel(ctx, sentinel)
 	if err != nil {
 		return nil, err
 	}
-	defer c.Close()
-	addr, err := redis.Strings(redis.DoContext(c, ctx, "SENTINEL", "get-master-addr-by-name", t.primary))
-	if err != nil || len(addr) != 2 {
-		return nil, fmt.Errorf("primary %q is at %q: %v", t.primary, addr, err)
-	}
-	primary, err := t.connect(ctx, net.JoinHostPort(addr[0], addr[1]), t.login...)
+	link, err := t.dialServer(ctx, addr)
 	if err != nil {
 		return nil, err
 	}
-	role, err := redis.Values(redis.DoContext(primary, ctx, "ROLE"))
-	if err != nil || len(role) == 0 || fmt.Sprintf("%s", role[0]) != "master" {
-		primary.Close()
-		return nil, fmt.Errorf("%q is no primary: %v", addr, err)
+	role, err := redis.Values(link.Do("ROLE"))
+	if err != nil {
+		link.Close()
+		return nil, fmt.Errorf("asking %s for its role: %w", addr, err)
 	}
-	return primary, nil
+	if len(role) == 0 || fmt.Sprintf("%s", role[0]) != "master" {
+		link.Close()
+		return nil, fmt.Errorf("%s is no primary", addr)
+	}
+	return link, nil
 }
 
-func (t *redisTarget) connect(ctx context.Context, addr string, login ...redis.DialOption) (redis.Conn, error) {
+// askSentinel returns the address of the primary. A sentinel that asks for a password gets the primary's.
+func (t *redisTarget) askSentinel(ctx context.Context, sentinel string) (string, error) {
+	link, err := t.connect(ctx, sentinel)
+	if err != nil {
+		return "", err
+	}
+	defer link.Close()
+	const name = "get-master-addr-by-name"
+	reply, err := link.Do("SENTINEL", name, t.primary)
+	refusal, _ := err.(redis.Error)
+	if strings.HasPrefix(string(refusal), "NOAUTH") && t.password != "" {
+		if _, err := link.Do("AUTH", t.password); err != nil {
+			return "", err
+		}
+		reply, err = link.Do("SENTINEL", name, t.primary)
+	}
+	addr, err := redis.Strings(reply, err)
+	if errors.Is(err, redis.ErrNil) {
+		return "", fmt.Errorf("knows no primary %q", t.primary)
+	}
+	if err != nil {
+		return "", err
+	}
+	if len(addr) != 2 {
+		return "", errReplyShape
+	}
+	return net.JoinHostPort(addr[0], addr[1]), nil
+}
+
+// dialServer connects to a Redis, logs in and selects the database.
+func (t *redisTarget) dialServer(ctx context.Context, addr string) (*redisLink, error) {
+	link, err := t.connect(ctx, addr)
+	if err != nil {
+		return nil, err
+	}
+	if err := t.logIn(link); err != nil {
+		link.Close()
+		return nil, fmt.Errorf("logging in at %s: %w", addr, err)
+	}
+	return link, nil
+}
+
+func (t *redisTarget) logIn(link *redisLink) error {
+	if t.user != "" || t.password != "" {
+		login := []any{t.user, t.password}
+		if t.user == "" {
+			login = login[1:]
+		}
+		if _, err := link.Do("AUTH", login...); err != nil {
+			return err
+		}
+	}
+	if t.database != 0 {
+		if _, err := link.Do("SELECT", t.database); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// connect opens a connection whose reads and writes fail when ctx's deadline has passed.
+func (t *redisTarget) connect(ctx context.Context, addr string) (*redisLink, error) {
 	dial := new(net.Dialer).DialContext
 	if t.scheme == "rediss" {
 		dial = new(tls.Dialer).DialContext
 	}
-	return redis.DialContext(ctx, "tcp", addr, append(login, redis.DialContextFunc(
-		func(ctx context.Context, network, addr string) (net.Conn, error) {
-			c, err := dial(ctx, network, addr)
-			return &guardedConn{Conn: c}, err
-		}))...)
-}
-
-// guardedConn refuses replies that no session can need before redigo believes the length they announce:
-// it allocates whatever a "$" or "*" says and descends into arrays without bound, so that one line of
-// garbage could end the process. It bounds writing in time, too.
-type guardedConn struct {
-	net.Conn
-	budget int  // bytes of memory that the exchange's replies may still claim
-	kind   byte // first byte of the line being read, 0 before it
-	length int  // the number in that line so far
-	skip   int  // bytes of a bulk string still to come
-}
-
-func (g *guardedConn) Write(p []byte) (int, error) {
-	if g.budget < maxReplies { // the first write of an exchange
-		g.budget = maxReplies
-		g.SetWriteDeadline(time.Now().Add(exchangeTimeout))
+	conn, err := dial(ctx, "tcp", addr)
+	if err != nil {
+		return nil, err
 	}
-	return g.Conn.Write(p)
+	deadline, _ := ctx.Deadline()
+	conn.SetDeadline(deadline)
+	socket := &guardedSocket{Conn: conn, maxDepth: maxRoleDepth}
+	return &redisLink{redis.NewConn(socket, 0, 0), socket}, nil
 }
 
-func (g *guardedConn) Read(p []byte) (int, error) {
-	n, err := g.Conn.Read(p)
-	for _, b := range p[:n] {
-		switch {
-		case g.skip > 0:
-			g.skip--
-		case g.kind == 0:
-			g.kind, g.length, g.budget = b, 0, g.budget-element
-		case b == '\n' && g.kind == '$':
-			g.kind, g.skip, g.budget = 0, g.length+len("\r\n"), g.budget-g.length
-		case b == '\n' && g.kind == '*':
-			g.kind, g.budget = 0, g.budget-g.length*element
-		case b == '\n':
-			g.kind = 0
-		case b == '-': // "$-1" and "*-1": null, nothing follows
-			g.kind = b
-		case b >= '0' && b <= '9':
-			g.length = min(g.length*10+int(b-'0'), maxReplies+1)
-		}
-		if g.budget--; g.budget < 0 {
-			return 0, errors.New("reply out of bounds")
-		}
-	}
-	return n, err
-}
-
-// How long and how much an exchange with Redis may take. An operation waits for the exchange before its own, too.
+// The largest reply that a session can need. The original takes bodies of 100 kB.
 const (
-	exchangeTimeout = time.Second            // connecting, writing, reading and one retry
-	sentinelTimeout = 250 * time.Millisecond // for one sentinel and the primary that it names
-	connLifetime    = time.Minute            // so that a failover behind a stable name is noticed
-	maxBatch        = 8192                   // operations; as many more may wait
-	maxReplies      = 32 << 20               // bytes of memory
-	element         = 64                     // bytes that redigo spends on a reply of any kind, at least
+	maxBulkString    = 256 << 10 // bytes
+	maxSkipped       = 64 << 20  // bytes of a larger one that are thrown away; past it the connection ends
+	maxArrayElements = 64        // of a hash: half of them fields
+	maxRoleDepth     = 3         // of arrays in ROLE's reply
+	maxLineLength    = 4 << 10   // bytes
 )
 
-// redisSessions is the Redis backend: one hash a session, as the original program wrote them.
-//
-// Operations are batched: those that arrive while a batch is on the wire leave together as the next one,
-// a group commit. Alone, an operation goes at once; under load hundreds share two system calls.
-type redisSessions struct {
-	target  *redisTarget
-	metrics *expvar.Map
-	waiting chan *operation
-	turn    chan struct{} // full while a batch is on the wire
-	conn    redis.Conn    // nil before the first dial
-	dialed  time.Time
+// tooLarge stands in the place of a bulk string that is larger than maxBulkString.
+const tooLarge = redis.Error("TOOLARGE")
+
+// guardedSocket checks what Redis announces before redigo believes it: redigo allocates whatever a "$" or "*"
+// line says and descends into arrays without bound, so that one line of garbage could end the process.
+type guardedSocket struct {
+	net.Conn
+	maxDepth int          // of arrays
+	buffer   []byte       // what is read at a time
+	checked  bytes.Buffer // what redigo may read
+	line     []byte       // the beginning of a line whose end is still to come
+	bulk     int          // bytes still to come of a bulk string, its line break included
+	skip     bool         // that bulk string is too large
+	open     []int        // elements still to come of each array that has begun, the outermost first
+	err      error        // what comes after checked
 }
 
-// operation is what one request wants of Redis: commands, of which the last one's reply tells.
-type operation struct {
-	cmds     [][]any
-	answered chan struct{}
-	reply    any
-	err      error // wraps errUnavailable, from the start: even a panic does not pass for an answer
-}
+// SetReadDeadline does nothing: redigo calls it for every reply, and a flush has its deadline already.
+func (g *guardedSocket) SetReadDeadline(time.Time) error { return nil }
 
-func newRedisSessions(target *redisTarget, metrics *expvar.Map) *redisSessions {
-	return &redisSessions{target: target, metrics: metrics, waiting: make(chan *operation, maxBatch), turn: make(chan struct{}, 1)}
-}
-
-func sessionKey(id string) string { return "session:" + id }
-
-func (s *redisSessions) Create(ctx context.Context, id, replaced string, u User, ttl time.Duration) error {
-	cmds := [][]any{
-		{"HSET", sessionKey(id), "id", u.ID, "name", u.Name, "email", u.Email, "createdAt", u.CreatedAt, "updatedAt", u.UpdatedAt},
-		{"EXPIRE", sessionKey(id), int64(ttl / time.Second)}}
-	if replaced != "" {
-		cmds = slices.Insert(cmds, 0, []any{"DEL", sessionKey(replaced)})
+// Close does not wait until TLS has said goodbye.
+func (g *guardedSocket) Close() error {
+	if conn, ok := g.Conn.(*tls.Conn); ok {
+		return conn.NetConn().Close()
 	}
-	expires, err := s.do(cmds...)
-	if err == nil && expires != any(int64(1)) {
-		err = unavailable(fmt.Errorf("EXPIRE answered %v", expires))
+	return g.Conn.Close()
+}
+
+// Read first returns the bytes before a refused line. So the error meets the operation whose reply was
+// refused.
+func (g *guardedSocket) Read(p []byte) (int, error) {
+	if g.buffer == nil {
+		g.buffer = make([]byte, 16<<10)
 	}
-	if err != nil { // EXEC runs the rest when one command fails; without EXPIRE the session would not end
-		go s.Delete(ctx, id)
-	}
-	return err
-}
-
-func (s *redisSessions) Get(_ context.Context, id string) (User, error) {
-	return userOfHash(s.do([]any{"HGETALL", sessionKey(id)}))
-}
-
-func (s *redisSessions) Delete(_ context.Context, id string) error {
-	_, err := s.do([]any{"DEL", sessionKey(id)})
-	return err
-}
-
-func (s *redisSessions) Ping(context.Context) error {
-	_, err := s.do()
-	return err
-}
-
-func (s *redisSessions) Close() error {
-	if s.turn <- struct{}{}; s.conn != nil {
-		return s.conn.Close()
-	}
-	return nil
-}
-
-// do returns the last command's reply. It does not end with the request's context: it is answered in time,
-// and waiting for either would cost more than the whole lookup.
-func (s *redisSessions) do(cmds ...[]any) (any, error) {
-	op := &operation{cmds: cmds, answered: make(chan struct{}), err: errUnavailable}
-	select {
-	case s.waiting <- op:
-	default: // or the last to wait would do so for many batches that fail, 1 s each
-		return nil, unavailable(errors.New("too many requests wait for the session store"))
-	}
-	for {
-		select {
-		case <-op.answered:
-			return op.reply, op.err
-		case s.turn <- struct{}{}: // nobody is at it: this goroutine serves all that wait
-			s.serveBatch()
+	for g.checked.Len() == 0 {
+		if g.err != nil {
+			return 0, g.err
+		}
+		n, err := g.Conn.Read(g.buffer)
+		g.err = g.check(g.buffer[:n])
+		if g.err == nil {
+			g.err = err
 		}
 	}
+	return g.checked.Read(p)
 }
 
-// serveBatch answers those that wait. What fails on a connection that turned out dead or out of step, or on a
-// server that no longer is the primary, is tried once more on a fresh one: all that this store does can be
-// done twice.
-func (s *redisSessions) serveBatch() {
-	runtime.Gosched() // requests that are ready to run come first, and into this batch
-	var batch []*operation
-	for range len(s.waiting) {
-		batch = append(batch, <-s.waiting)
-	}
-	defer func() {
-		for _, op := range batch {
-			close(op.answered)
+// check adds to g.checked what redigo may read of b.
+func (g *guardedSocket) check(b []byte) error {
+	for len(b) > 0 {
+		if g.bulk > 0 {
+			n := min(g.bulk, len(b))
+			if !g.skip {
+				g.checked.Write(b[:n])
+			}
+			g.bulk -= n
+			b = b[n:]
+			continue
 		}
-		<-s.turn
-	}()
-	if len(batch) == 0 { // this goroutine's own operation was answered just now
-		return
-	}
-	deadline := time.Now().Add(exchangeTimeout)
-	err := s.exchange(deadline, batch...)
-	if err != nil && time.Now().Before(deadline) {
-		err = s.exchange(deadline, batch...)
-	}
-	_, refused := errors.AsType[redis.Error](err)
-	for _, op := range batch {
-		if refused && len(batch) > 1 { // a full Redis refuses every transaction, and still answers reads
-			err = s.exchange(deadline, op)
+		end := bytes.IndexByte(b, '\n') + 1
+		n := end
+		if end == 0 {
+			n = len(b)
 		}
-		if err != nil {
-			op.err = unavailable(err)
+		g.line = append(g.line, b[:n]...)
+		b = b[n:]
+		if len(g.line) > maxLineLength {
+			return errReplySize
 		}
-	}
-}
-
-// exchange sends operations in one round trip. Several commands are a transaction, so that their replies
-// come back as one, EXEC's, within which nothing can be lost, repeated or swapped on the way. After an error
-// the connection is closed.
-func (s *redisSessions) exchange(deadline time.Time, batch ...*operation) (err error) {
-	if s.conn == nil || s.conn.Err() != nil || time.Since(s.dialed) > connLifetime {
-		if s.conn != nil {
-			s.conn.Close()
+		if end == 0 {
+			return nil
 		}
-		ctx, cancel := context.WithDeadline(context.Background(), deadline)
-		defer cancel()
-		if s.conn, err = s.target.dial(ctx); err != nil {
+		if err := g.checkLine(); err != nil {
 			return err
 		}
-		s.dialed = time.Now()
+		g.line = g.line[:0]
 	}
-	var cmds [][]any
-	for _, op := range batch {
-		cmds = append(cmds, op.cmds...)
-	}
-	nonce := rand.Text()
-	sent := append(cmds, []any{"PING", nonce})
-	if len(cmds) > 1 {
-		sent = slices.Concat([][]any{{"MULTI"}}, sent, [][]any{{"EXEC"}})
-	}
-	for _, cmd := range sent {
-		s.conn.Send(cmd[0].(string), cmd[1:]...) // what fails shows below
-	}
-	replies, err := redis.Values(redis.DoWithTimeout(s.conn, max(1, time.Until(deadline)), ""))
-	if err == nil {
-		replies, err = proven(replies, cmds, nonce)
-	}
-	if err != nil {
-		s.conn.Close()
-		return err
-	}
-	for _, op := range batch {
-		n := len(op.cmds)
-		op.reply, op.err, replies = replies[max(0, n-1)], nil, replies[n:]
-	}
-	s.metrics.Add("sessionBatches", 1)
 	return nil
 }
 
-// proven returns the reply to each of cmds and the PING behind them. An exchange proves itself: unless that
-// PING's value, never used before, comes back in its place, nothing is believed. A connection that is a single
-// reply out of step would hand each client the session of the one before it. Nor is a reply believed that its
-// command cannot have.
-func proven(all []any, cmds [][]any, nonce string) ([]any, error) {
-	replies := all
-	if len(cmds) > 1 {
-		replies, _ = all[len(all)-1].([]any)
+// checkLine follows a line of RESP 2, https://redis.io/docs/latest/develop/reference/protocol-spec/. redigo
+// refuses all else that is malformed.
+func (g *guardedSocket) checkLine() error {
+	for len(g.open) > 0 && g.open[len(g.open)-1] == 0 {
+		g.open = g.open[:len(g.open)-1]
 	}
-	for i, reply := range replies {
-		if refused, ok := reply.(redis.Error); ok && strings.HasPrefix(string(refused), "WRONGTYPE") {
-			replies[i] = []any{} // as if there were no hash
-		}
+	if len(g.open) > 0 {
+		g.open[len(g.open)-1]--
 	}
-	for _, reply := range slices.Concat(all, replies) {
-		if refused, ok := reply.(redis.Error); ok {
-			return nil, refused
-		}
+	if g.line[0] != '$' && g.line[0] != '*' {
+		g.checked.Write(g.line)
+		return nil
 	}
-	if len(replies) != len(cmds)+1 || fmt.Sprintf("%s", replies[len(cmds)]) != nonce {
-		return nil, errors.New("replies out of step")
-	}
-	for i, cmd := range cmds {
-		_, isInt := replies[i].(int64)
-		if _, isHash := replies[i].([]any); isHash == isInt || isHash != (cmd[0] == "HGETALL") {
-			return nil, fmt.Errorf("%s answered %T", cmd[0], replies[i]) // not %v: it could be another's hash
-		}
-	}
-	return replies, nil
-}
-
-// userOfHash reads HGETALL's reply. No hash, one without an id, and times that cannot be read are no
-// session.
-func userOfHash(reply any, err error) (user User, _ error) {
+	n, err := strconv.Atoi(string(bytes.TrimSpace(g.line[1:])))
 	if err != nil {
-		return User{}, err
+		return errReplySize // too many digits, if digits at all
 	}
-	fields, _ := reply.([]any)
-	if err := redis.ScanStruct(fields, &user); err != nil {
-		return User{}, unavailable(err)
+	g.skip = false
+	switch {
+	case n < 0: // null: nothing follows
+	case g.line[0] == '$' && n <= maxSkipped:
+		g.bulk = n + len("\r\n")
+		g.skip = n > maxBulkString
+	case g.line[0] == '*' && n <= maxArrayElements && len(g.open) < g.maxDepth:
+		g.open = append(g.open, n)
+	default:
+		return errReplySize
 	}
-	var err1, err2 error
-	user.CreatedAt, err1 = normalizeTime(user.CreatedAt)
-	user.UpdatedAt, err2 = normalizeTime(user.UpdatedAt)
-	if user.ID == "" || err1 != nil || err2 != nil {
-		return User{}, errNoSession
+	if g.skip {
+		g.checked.WriteString("-" + string(tooLarge) + "\r\n")
+	} else {
+		g.checked.Write(g.line)
 	}
-	return user, nil
+	return nil
 }
