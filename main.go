@@ -253,7 +253,7 @@ func parseProxies(text string) ([]netip.Prefix, error) {
 // (BenchmarkUserDuringSignIns).
 func tuneRuntime(getenv func(string) string) {
 	if getenv("GOGC") == "" {
-		debug.SetGCPercent(400)
+		debug.SetGCPercent(800)
 	}
 	if getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0))
@@ -347,13 +347,15 @@ func (l *listener) Accept() (net.Conn, error) {
 // Sign-ins keep the watch. It can guess wrong (a body that begins with "GET ", pipelining): then a client
 // that has left is noticed when it is answered.
 //
-// The deadlines: net/http moves the one for reading five times a request, each time a change of the
-// runtime's timers. Here the socket keeps an earlier deadline than was asked for; only when it passes is it
-// moved to where it should be.
+// The deadlines: net/http moves them seven times a request, each time a change of the runtime's timers.
+// Here the socket keeps an earlier deadline for reading than was asked for; only when it passes is it moved
+// to where it should be. The one for writing may be a second early.
 type clientConn struct {
 	net.Conn
 	get  bool // the last Read began with "GET ", and its request has not been watched yet
 	read deadline
+
+	writeBy time.Time // the socket's deadline for writing
 }
 
 func newClientConn(conn net.Conn) *clientConn {
@@ -377,11 +379,23 @@ func (c *clientConn) Read(p []byte) (int, error) {
 
 func (c *clientConn) SetReadDeadline(t time.Time) error { return c.read.move(t) }
 
+// SetWriteDeadline leaves a deadline that is less than a second earlier, and the last one behind an answer,
+// when nothing is written.
+func (c *clientConn) SetWriteDeadline(t time.Time) error {
+	later := t.Sub(c.writeBy)
+	if t.IsZero() || later >= 0 && later < time.Second {
+		return nil
+	}
+	c.writeBy = t
+	return c.Conn.SetWriteDeadline(t)
+}
+
 func (c *clientConn) SetDeadline(t time.Time) error {
 	if err := c.read.move(t); err != nil {
 		return err
 	}
-	return c.SetWriteDeadline(t)
+	c.writeBy = t
+	return c.Conn.SetWriteDeadline(t)
 }
 
 // CloseWrite lets net/http end an answer before it has read the whole request.

@@ -161,6 +161,7 @@ const (
 	connLifetime    = time.Minute // so that a failover behind a stable name is noticed
 	renewalPause    = time.Second // between attempts to replace a connection that still works
 	maxQueued       = 8192        // operations that wait to be sent
+	maxUnread       = 100         // operations of a flush that is written before its replies are read
 )
 
 // redisSessions is the Redis backend: one hash a session, as the original program wrote them.
@@ -568,12 +569,15 @@ func (c *redisConn) send(operations []*operation) {
 		}
 		return
 	}
-	c.changed.Signal() // replies may have to be read before all is written
 	c.sessions.stats.flushes.Add(1)
+	if len(f.operations) > maxUnread {
+		c.changed.Signal()
+	}
 	// If the connection is closed, whoever closed it fails it and knows why.
 	if err := c.write(f); err != nil && !errors.Is(err, net.ErrClosed) {
 		c.fail(err, nil)
 	}
+	c.changed.Signal()
 }
 
 func (c *redisConn) write(f *flush) error {
