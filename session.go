@@ -371,6 +371,9 @@ func (s *redisSessions) enqueue(op *operation) error {
 	if s.closed {
 		return errClosed
 	}
+	if !time.Now().Before(op.deadline) {
+		return errTooLate
+	}
 	if len(s.queue) >= maxQueued {
 		return errQueueFull
 	}
@@ -395,6 +398,10 @@ func (s *redisSessions) sendQueued() {
 			return
 		}
 		s.mu.Unlock()
+		operations = inTime(operations)
+		if len(operations) == 0 {
+			continue
+		}
 		conn, err := s.connection()
 		if err != nil {
 			for _, op := range operations {
@@ -402,8 +409,22 @@ func (s *redisSessions) sendQueued() {
 			}
 			continue
 		}
-		conn.send(operations)
+		conn.send(inTime(operations))
 	}
+}
+
+// inTime ends the operations that have expired, and returns the others in the same slice.
+func inTime(operations []*operation) []*operation {
+	now := time.Now()
+	rest := operations[:0]
+	for _, op := range operations {
+		if now.Before(op.deadline) {
+			rest = append(rest, op)
+		} else {
+			op.finish(errTooLate)
+		}
+	}
+	return rest
 }
 
 // connection returns the connection to send on. It dials the first one, and one in place of one that failed.
@@ -543,19 +564,11 @@ type flush struct {
 
 // send sends operations as a flush. Only one goroutine at a time may call it.
 func (c *redisConn) send(operations []*operation) {
-	now := time.Now()
 	c.flushed++
 	f := &flush{
-		operations: operations[:0],
+		operations: operations,
 		nonce:      c.noncePrefix + strconv.Itoa(c.flushed),
-		deadline:   now.Add(replyTimeout),
-	}
-	for _, op := range operations {
-		if now.Before(op.deadline) {
-			f.operations = append(f.operations, op)
-		} else {
-			op.finish(errTooLate)
-		}
+		deadline:   time.Now().Add(replyTimeout),
 	}
 	c.mu.Lock()
 	err := c.err
@@ -564,8 +577,10 @@ func (c *redisConn) send(operations []*operation) {
 	}
 	c.mu.Unlock()
 	if err != nil {
-		for _, op := range f.operations {
-			c.sessions.settle(op, err, true)
+		for _, op := range f.operations { // which were not sent
+			if c.sessions.enqueue(op) != nil {
+				op.finish(err)
+			}
 		}
 		return
 	}
@@ -604,6 +619,9 @@ func (c *redisConn) receive() {
 			return
 		}
 		if culprit, err := c.receiveFlush(f); err != nil {
+			if errors.Is(err, net.ErrClosed) && c.link.Err() != nil {
+				err = c.link.Err() // for which redigo closed the connection
+			}
 			c.fail(err, culprit)
 			return
 		}
@@ -647,6 +665,7 @@ func (c *redisConn) answered() bool {
 // operation whose reply was too large.
 func (c *redisConn) receiveFlush(f *flush) (culprit *operation, err error) {
 	c.link.socket.Conn.SetReadDeadline(f.deadline)
+	c.link.socket.skipped = 0
 	f.answers = make([]answer, len(f.operations))
 	for i, op := range f.operations {
 		err := c.receiveAnswer(op, &f.answers[i])
@@ -915,6 +934,7 @@ func (t *redisTarget) dial(ctx context.Context) (*redisLink, error) {
 		next := (first + i) % len(t.addrs)
 		t.sentinel.Store(int32(next))
 		if ctx.Err() != nil {
+			errs = append(errs, ctx.Err())
 			break // the next dial begins here
 		}
 		link, err := t.dialPrimary(ctx, t.addrs[next])
@@ -1030,7 +1050,7 @@ func (t *redisTarget) connect(ctx context.Context, addr string) (*redisLink, err
 // The largest reply that a session can need. The original takes bodies of 100 kB.
 const (
 	maxBulkString    = 256 << 10 // bytes
-	maxSkipped       = 64 << 20  // bytes of a larger one that are thrown away; past it the connection ends
+	maxSkipped       = 4 << 20   // bytes of larger ones thrown away in a flush; past it the connection ends
 	maxArrayElements = 64        // of a hash: half of them fields
 	maxRoleDepth     = 3         // of arrays in ROLE's reply
 	maxLineLength    = 4 << 10   // bytes
@@ -1049,6 +1069,7 @@ type guardedSocket struct {
 	line     []byte       // the beginning of a line whose end is still to come
 	bulk     int          // bytes still to come of a bulk string, its line break included
 	skip     bool         // that bulk string is too large
+	skipped  int          // bytes of such strings in this flush
 	open     []int        // elements still to come of each array that has begun, the outermost first
 	err      error        // what comes after checked
 }
@@ -1136,9 +1157,12 @@ func (g *guardedSocket) checkLine() error {
 	g.skip = false
 	switch {
 	case n < 0: // null: nothing follows
-	case g.line[0] == '$' && n <= maxSkipped:
+	case g.line[0] == '$' && n <= maxBulkString:
 		g.bulk = n + len("\r\n")
-		g.skip = n > maxBulkString
+	case g.line[0] == '$' && n <= maxSkipped-g.skipped:
+		g.bulk = n + len("\r\n")
+		g.skip = true
+		g.skipped += n
 	case g.line[0] == '*' && n <= maxArrayElements && len(g.open) < g.maxDepth:
 		g.open = append(g.open, n)
 	default:

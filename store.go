@@ -138,7 +138,11 @@ func tryOut(db *sql.DB) error {
 		return fmt.Errorf("applying the schema: %w", err)
 	}
 	id := newUUID()
-	if _, err := tx.Exec(insertUser, id, "trial", id, 0, 0, "trial", id); err != nil {
+	_, err = tx.Exec(insertUser, id, "trial", id, 0, 0, "trial", id)
+	if errors.Is(storeError("", err), errUnavailable) {
+		return err // a full disk, say
+	}
+	if err != nil {
 		return fmt.Errorf("table users is %w: it takes no account: %w", errForeignTable, err)
 	}
 	return nil
