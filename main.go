@@ -311,6 +311,9 @@ func trySession(ctx context.Context, sessions SessionStore, log *slog.Logger) {
 	}
 	if err == nil {
 		err = sessions.Delete(ctx, id)
+		if errors.Is(err, errNoSession) {
+			err = nil // the first of two tries had deleted it
+		}
 	}
 	switch {
 	case errors.Is(err, errRefused):
