@@ -324,7 +324,7 @@ func (s *server) admit(ctx context.Context, c client, try *attempt) (*place, err
 func (s *server) openSession(ctx context.Context, r *http.Request, user User) (string, error) {
 	id := newUUID()
 	err := s.sessions.Create(ctx, id, user, s.cfg.sessionTTL)
-	if errors.Is(err, errLost) {
+	if errors.Is(err, errLost) { // the first session may have been made; nobody has its id
 		id = newUUID()
 		err = s.sessions.Create(ctx, id, user, s.cfg.sessionTTL)
 	}
@@ -892,7 +892,7 @@ func (l *repeats) log(level slog.Level, msg string, args ...any) {
 	l.write(msg, &repeated{level: level, count: 1, args: args})
 }
 
-// write logs a message and begins its second.
+// write logs a message, which is not logged again for a second. The caller holds l.mu.
 func (l *repeats) write(msg string, event *repeated) {
 	l.logger.Log(context.Background(), event.level, msg, append(event.args, "count", event.count)...)
 	l.recent[msg] = &repeated{level: event.level}
@@ -1021,6 +1021,7 @@ func (g *gate) load() (running, waiting int) {
 	return g.running, g.waiting
 }
 
+// queueUp lets p wait for a slot in its line.
 func (g *gate) queueUp(p *place) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -1032,7 +1033,7 @@ func (g *gate) queueUp(p *place) {
 	g.giveSlots()
 }
 
-// giveSlots gives what slots are free, one to each line in turn.
+// giveSlots gives what slots are free, one to each line in turn. The caller holds g.mu.
 func (g *gate) giveSlots() {
 	for g.running < g.slots && len(g.turns) > 0 {
 		p := g.lines[g.turns[0]].queue[0]
@@ -1048,7 +1049,8 @@ func (g *gate) giveSlots() {
 	}
 }
 
-// leaveLine takes p out of its line, and the line out of the turns if nobody else waits in it.
+// leaveLine takes p out of its line, and the line out of the turns if nobody else waits in it. The caller holds
+// g.mu.
 func (g *gate) leaveLine(p *place) {
 	p.inLine = false
 	g.waiting--
@@ -1161,6 +1163,7 @@ func (t *throttle) remember(account string, c client) {
 	t.rememberPair(newCountKey("pair", account, c.network()))
 }
 
+// rememberPair is remember for a caller that holds t.mu.
 func (t *throttle) rememberPair(pair countKey) {
 	for other := range t.known {
 		if len(t.known) < maxKnown {
@@ -1226,6 +1229,7 @@ func (a *attempt) begin(ctx context.Context) error {
 	}
 }
 
+// run reserves one failure in each of a's counts. The caller holds the throttle's mu, as look's does.
 func (a *attempt) run() {
 	t := a.throttle
 	if len(t.counts)+len(a.limits) > maxCounts {
@@ -1278,6 +1282,7 @@ func (a *attempt) succeed() {
 // end ends an attempt without a verdict. After charge or succeed it does nothing.
 func (a *attempt) end() { a.finish(func(time.Time) {}) }
 
+// finish settles and ends the attempt, once, and wakes those that wait for its room.
 func (a *attempt) finish(settle func(now time.Time)) {
 	if !a.running {
 		return

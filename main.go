@@ -64,7 +64,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	cfg, err := loadConfig(getenv)
 	if err != nil && *healthcheck {
 		fmt.Fprintln(stderr, err)
-		return 1
+		return 1 // of a health check Docker knows 0 and 1
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, err)
