@@ -3591,6 +3591,41 @@ func TestTheGuardFollowsReplies(t *testing.T) {
 	}
 }
 
+func TestRedisURLs(t *testing.T) {
+	for url, want := range map[string]struct {
+		addrs string
+		shown string
+	}{
+		"redis://localhost":                           {"localhost:6379", "redis://localhost:6379/0"},
+		"redis://h:7/":                                {"h:7", "redis://h:7/0"},
+		"redis://u:p%40w@h:7/2":                       {"h:7", "redis://h:7/2"},
+		"redis://:p:w@h/15":                           {"h:6379", "redis://h:6379/15"},
+		"redis://:@h":                                 {"h:6379", "redis://h:6379/0"},
+		"redis://u:@h":                                {"h:6379", "redis://h:6379/0"},
+		"rediss://u%40x:p%2Fw@[::1]":                  {"[::1]:6379", "rediss://[::1]:6379/0"},
+		"rediss://[fe80::1%25eth0]":                   {"[fe80::1%eth0]:6379", "rediss://[fe80::1%25eth0]:6379/0"},
+		"redis-sentinel://a:1,b,c:3/mymaster":         {"a:1 b:26379 c:3", "redis-sentinel://a:1,b:26379,c:3/mymaster"},
+		"redis-sentinel://u:p@a/my-master.1/3":        {"a:26379", "redis-sentinel://a:26379/my-master.1/3"},
+		"redis-sentinel://a:26379,[fd00::1]:26379/7/": {"a:26379 [fd00::1]:26379", "redis-sentinel://a:26379,[fd00::1]:26379/7"},
+	} {
+		got, err := parseRedisURL(url)
+		if err != nil || strings.Join(got.addrs, " ") != want.addrs || got.String() != want.shown {
+			t.Errorf("%s: %v, %v, want %v", url, got, err, want)
+		}
+	}
+	for _, url := range []string{
+		"", "localhost:6379", "http://h", "redis://", "redis://:6379", "redis://ho st:6379", "redis://h:0", "redis://h:65536",
+		"redis://h:s3cret", "redis://a,b", "redis://h/s3cret", "redis://:s3cret%40h:6379/0x", "redis://h/0?db=s3cret",
+		"redis://h/-1", "redis://u:s3cret%@h", "redis://h#s3cret", "redis://s3cret@h", "redis://u:s3c@s3cret@h", "redis://::1",
+		"redis://h:6379:", "redis-sentinel://h", "redis-sentinel://h/", "redis-sentinel://h,/m", "redis-sentinel://h/m/s3cret",
+		"redis-sentinel:///m", "redis-sentinel://u:26/s3cret@h:1/1",
+	} {
+		if got, err := parseRedisURL(url); err == nil || strings.Contains(err.Error(), "s3cret") {
+			t.Errorf("%s: %v, %v, want an error that tells nothing", url, got, err)
+		}
+	}
+}
+
 // ---------------------------------------------------------------------------------------------------
 // session.go: what Redis is sent and what it holds.
 
@@ -4481,41 +4516,6 @@ func TestRedisOverTLSWithAPrivateCA(t *testing.T) {
 	line := other.log.find(t, "store out of reach")
 	if cause, _ := line["err"].(string); !strings.Contains(cause, "certificate") {
 		t.Errorf("line %v, want the cause", line)
-	}
-}
-
-func TestRedisURLs(t *testing.T) {
-	for url, want := range map[string]struct {
-		addrs string
-		shown string
-	}{
-		"redis://localhost":                           {"localhost:6379", "redis://localhost:6379/0"},
-		"redis://h:7/":                                {"h:7", "redis://h:7/0"},
-		"redis://u:p%40w@h:7/2":                       {"h:7", "redis://h:7/2"},
-		"redis://:p:w@h/15":                           {"h:6379", "redis://h:6379/15"},
-		"redis://:@h":                                 {"h:6379", "redis://h:6379/0"},
-		"redis://u:@h":                                {"h:6379", "redis://h:6379/0"},
-		"rediss://u%40x:p%2Fw@[::1]":                  {"[::1]:6379", "rediss://[::1]:6379/0"},
-		"rediss://[fe80::1%25eth0]":                   {"[fe80::1%eth0]:6379", "rediss://[fe80::1%25eth0]:6379/0"},
-		"redis-sentinel://a:1,b,c:3/mymaster":         {"a:1 b:26379 c:3", "redis-sentinel://a:1,b:26379,c:3/mymaster"},
-		"redis-sentinel://u:p@a/my-master.1/3":        {"a:26379", "redis-sentinel://a:26379/my-master.1/3"},
-		"redis-sentinel://a:26379,[fd00::1]:26379/7/": {"a:26379 [fd00::1]:26379", "redis-sentinel://a:26379,[fd00::1]:26379/7"},
-	} {
-		got, err := parseRedisURL(url)
-		if err != nil || strings.Join(got.addrs, " ") != want.addrs || got.String() != want.shown {
-			t.Errorf("%s: %v, %v, want %v", url, got, err, want)
-		}
-	}
-	for _, url := range []string{
-		"", "localhost:6379", "http://h", "redis://", "redis://:6379", "redis://ho st:6379", "redis://h:0", "redis://h:65536",
-		"redis://h:s3cret", "redis://a,b", "redis://h/s3cret", "redis://:s3cret%40h:6379/0x", "redis://h/0?db=s3cret",
-		"redis://h/-1", "redis://u:s3cret%@h", "redis://h#s3cret", "redis://s3cret@h", "redis://u:s3c@s3cret@h", "redis://::1",
-		"redis://h:6379:", "redis-sentinel://h", "redis-sentinel://h/", "redis-sentinel://h,/m", "redis-sentinel://h/m/s3cret",
-		"redis-sentinel:///m", "redis-sentinel://u:26/s3cret@h:1/1",
-	} {
-		if got, err := parseRedisURL(url); err == nil || strings.Contains(err.Error(), "s3cret") {
-			t.Errorf("%s: %v, %v, want an error that tells nothing", url, got, err)
-		}
 	}
 }
 
