@@ -1049,8 +1049,8 @@ func (g *gate) giveSlots() {
 	}
 }
 
-// leaveLine takes p out of its line, and the line out of the turns if nobody else waits in it. The caller holds
-// g.mu.
+// leaveLine takes p out of its line, and the line out of the turns if nobody else waits in it. The caller
+// holds g.mu.
 func (g *gate) leaveLine(p *place) {
 	p.inLine = false
 	g.waiting--
