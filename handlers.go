@@ -324,10 +324,6 @@ func (s *server) admit(ctx context.Context, c client, try *attempt) (*place, err
 func (s *server) openSession(ctx context.Context, r *http.Request, user User) (string, error) {
 	id := newUUID()
 	err := s.sessions.Create(ctx, id, user, s.cfg.sessionTTL)
-	if errors.Is(err, errLost) { // the first session may have been made; nobody has its id
-		id = newUUID()
-		err = s.sessions.Create(ctx, id, user, s.cfg.sessionTTL)
-	}
 	if err != nil {
 		return "", err
 	}

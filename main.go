@@ -272,7 +272,7 @@ func serve(ctx context.Context, cfg config, log *slog.Logger) error {
 	backend := "sqlite " + cfg.dbPath
 	stats := func() map[string]int64 { return nil }
 	if cfg.redis != nil {
-		store := newRedisSessions(cfg.redis)
+		store := newRedisSessions(cfg.redis, log)
 		sessions = store
 		backend = cfg.redis.String()
 		stats = store.metrics

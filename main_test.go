@@ -37,7 +37,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/iotest"
 	"testing/synctest"
 	"time"
 	"unicode/utf8"
@@ -938,7 +937,7 @@ func openRedisSessions(t testing.TB, url string) *redisSessions {
 	if err != nil {
 		t.Fatalf("%s: %v", url, err)
 	}
-	s := newRedisSessions(target)
+	s := newRedisSessions(target, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { s.Close() })
 	return s
 }
@@ -1074,7 +1073,6 @@ func TestWrongConfigurationIsRefused(t *testing.T) {
 		{name: "REDIS_URL", allowed: "redis://[", wrong: "scheme", values: []string{"s3cret:6379", "http://s3cret:1"}},
 		{name: "REDIS_URL", allowed: "redis://[", wrong: "no such URL", values: []string{"redis://s3cret st:6379"}},
 		{name: "REDIS_URL", allowed: "redis://[", wrong: "login", values: []string{"redis://s3cret@h"}},
-		{name: "REDIS_URL", allowed: "redis://[", wrong: "several hosts", values: []string{"redis://s3cret:1,b:2"}},
 		{name: "REDIS_URL", allowed: "]/primary", wrong: "primary", values: []string{"redis-sentinel://:s3cret@a/"}},
 	} {
 		for _, value := range tt.values {
@@ -1255,7 +1253,7 @@ func TestTheStartTriesASessionAndLeavesNone(t *testing.T) {
 	const refused = "session store refuses a trial session, answering 503 to what it refuses"
 	const away = "session store out of reach, answering 503 until it is back"
 	for _, method := range []string{"Create", "Get", "Delete"} {
-		for cause, want := range map[error]string{unavailable(redis.Error("NOPERM")): refused, unavailable(io.EOF): away} {
+		for cause, want := range map[error]string{&refusedError{"redis:6379", "NOPERM"}: refused, errUnavailable: away} {
 			sessions := newHookedSessions()
 			sessions.fail(method, cause)
 			log := &logBuffer{}
@@ -1297,7 +1295,7 @@ func TestDebugAddressIsTheOnlyOneThatServesDebug(t *testing.T) {
 	for name, want := range map[string]float64{
 		"GET /user 200": 1, "POST /user 201": 1, "404": 3, "session lookups": 1, "registered": 1, "signed in": 0,
 		"signed out": 0, "sign-ins refused": 0, "throttled": 0, "too busy": 0, "store errors": 0, "bcrypts running": 0,
-		"bcrypts waited on": 0, "redis operations": 5, "redis flushes": 5, "redis retries": 0, "redis dials": 1,
+		"bcrypts waited on": 0, "redis_operations_total": 5, "redis_flushes_total": 5, "redis_retries_total": 0, "redis_dials_total": 1,
 	} {
 		if got, ok := vars.Service[name]; !ok || got != want {
 			t.Errorf("%s is %v (%t), want %v", name, got, ok, want)
@@ -1907,24 +1905,6 @@ func TestAnEmailRegistersOnce(t *testing.T) {
 	})
 }
 
-func TestASessionWhoseCreationWasLostIsMadeOnceMoreUnderAnotherID(t *testing.T) {
-	for lost, want := range map[int]int{1: 201, 2: 503} {
-		var ids []string
-		sessions := newHookedSessions()
-		sessions.before = func(_, id string) error {
-			ids = append(ids, id)
-			if len(ids) <= lost {
-				return errLost
-			}
-			return nil
-		}
-		w := serveOne(testServer(openTestDatabase(t), sessions, io.Discard), "POST", "/user", formWith("name", "Ada"))
-		if w.Code != want || len(ids) != 2 || ids[0] == ids[1] || want == 201 && !strings.Contains(w.Body.String(), ids[1]) {
-			t.Errorf("POST /user, %d answers lost: status %d, ids %v, want %d: %s", lost, w.Code, ids, want, w.Body)
-		}
-	}
-}
-
 func TestSigningInReplacesTheSessionOfTheCookie(t *testing.T) {
 	each(t, func(t *testing.T, backend string) {
 		s := start(t, backend)
@@ -2112,8 +2092,8 @@ func TestAnOutageIs503AndLogged(t *testing.T) {
 		{method: "POST", path: "/user/signin", email: email, fails: "Delete"},
 	} {
 		for msg, cause := range map[string]error{
-			"store out of reach": unavailable(errors.New("no route to host")),
-			"store refuses":      unavailable(redis.Error("NOPERM, says the host")),
+			"store out of reach": fmt.Errorf("%w: no route to host", errUnavailable),
+			"store refuses":      &refusedError{"the host", "NOPERM"},
 		} {
 			what := fmt.Sprintf("%s %s, %s at %s", tt.method, tt.path, msg, tt.fails)
 			log := &logBuffer{}
@@ -3234,8 +3214,8 @@ func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
 		{"a refused end", "Create", "EXEC", "*2\r\n:5\r\n-NOPERM\r\n", errRefused, 1, true, true},
 		{"an end that is none", "Create", "EXEC", "*2\r\n:5\r\n:0\r\n", errRefused, 1, true, true},
 
-		{"a value too long", "Get", "HGETALL", "*2\r\n$2\r\nid\r\n" + long, errUnavailable, 1, true, true},
-		{"a name too long", "Get", "HGETALL", "*2\r\n" + long + "$1\r\nx\r\n", errUnavailable, 1, true, true},
+		{"a value too long", "Get", "HGETALL", "*2\r\n$2\r\nid\r\n" + long, errUnavailable, 1, false, true},
+		{"a name too long", "Get", "HGETALL", "*2\r\n" + long + "$1\r\nx\r\n", errUnavailable, 1, false, true},
 		{"too long to skip", "Get", "HGETALL", "*2\r\n$2\r\nid\r\n" + endless, errUnavailable, 1, false, true},
 		{"too many elements", "Get", "HGETALL", "*65\r\n", errUnavailable, 1, false, true},
 		{"an array in an array", "Get", "HGETALL", "*2\r\n*0\r\n:1\r\n", errUnavailable, 1, false, true},
@@ -3243,14 +3223,14 @@ func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
 		{"another's nonce", "Get", "ECHO", bulkString("another's"), errUnavailable, 2, false, false},
 		{"a refused nonce", "Ping", "ECHO", "-NOPERM\r\n", errRefused, 2, false, false},
 		{"a number for a nonce", "Delete", "ECHO", ":1\r\n", errUnavailable, 2, false, false},
-		{"no nonce", "Create", "ECHO", "$-1\r\n", errLost, 1, false, false},
+		{"no nonce", "Create", "ECHO", "$-1\r\n", errUnavailable, 1, false, false},
 		{"a reply too many", "Get", "HGETALL", "*0\r\n*0\r\n", errUnavailable, 2, false, false},
 		{"cut", "Get", "HGETALL", cutOff, errUnavailable, 2, false, false},
 		{"cut before the nonce", "Delete", "ECHO", cutOff, errUnavailable, 2, false, false},
-		{"a creation that is cut", "Create", "HSET", cutOff, errLost, 1, false, false},
-		{"garbage", "Get", "HGETALL", "HTTP/1.1 400 Bad Request\r\n\r\n", errUnavailable, 2, false, false},
+		{"a creation that is cut", "Create", "HSET", cutOff, errUnavailable, 1, false, false},
+		{"garbage", "Get", "HGETALL", "HTTP/1.1 400 Bad Request\r\n\r\n", errUnavailable, 1, false, true},
 		{"a reply too few", "Get", "HGETALL", "", errUnavailable, 1, false, false}, // it times out
-		{"half a reply", "Get", "HGETALL", "*2\r\n$2\r\nid", errUnavailable, 2, false, false},
+		{"half a reply", "Get", "HGETALL", "*2\r\n$2\r\nid", errUnavailable, 1, false, false},
 		{"silence", "Create", "ECHO", "", errUnavailable, 1, false, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -3293,40 +3273,8 @@ func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
 				dials++
 			}
 			m := store.metrics()
-			if m["redis dials"] != int64(dials) || tt.kept && m["redis retries"] > 0 {
+			if m["redis_dials_total"] != int64(dials) || tt.kept && m["redis_retries_total"] > 0 {
 				t.Errorf("%v, want %d dials, and retries only on another connection", m, dials)
-			}
-		})
-	}
-}
-
-func TestACreationThatWasCutIsTriedOnceMoreUnderAnotherID(t *testing.T) {
-	t.Parallel()
-	for cuts, want := range []int{200, 200, 503} {
-		left := 0
-		ids := map[string]bool{}
-		f := startFakeRedis(t, func(command []string) string {
-			if command[0] == "HSET" {
-				ids[command[1]] = true
-			}
-			if command[0] == "EXEC" && left > 0 {
-				left--
-				return cutOff
-			}
-			return plainReply(command)
-		})
-		s := start(t, "REDIS_URL="+f.url())
-		s.expectErrors()
-		email := newEmail()
-		s.addAccount(email, bcrypt.MinCost)
-		f.locked(func() { left = cuts; clear(ids) }) // the trial at the start is over
-		a := s.ask("POST", "/user/signin", credentials(email, password))
-		if a.status != want {
-			t.Errorf("cut %d times: POST /user/signin: status %d, want %d", cuts, a.status, want)
-		}
-		f.locked(func() {
-			if len(ids) != min(cuts, 1)+1 || a.cookie != nil && !ids[sessionKey(a.cookie.Value)] {
-				t.Errorf("cut %d times: tried as %v, want %d; cookie %v", cuts, ids, min(cuts, 1)+1, a.cookie)
 			}
 		})
 	}
@@ -3394,7 +3342,7 @@ func TestWhatWaitsForRedisIsBounded(t *testing.T) { // not in parallel: it keeps
 		store := openRedisSessions(t, tt.redis.url())
 		var first sync.WaitGroup
 		first.Go(func() { tt.call(store) })
-		eventually(t, 10*time.Second, "Redis is dialled", func() bool { return store.metrics()["redis dials"] == 1 })
+		eventually(t, 10*time.Second, "Redis is dialled", func() bool { return store.metrics()["redis_dials_total"] == 1 })
 		var full, late atomic.Int64
 		together(tt.callers, func(int) {
 			began := time.Now()
@@ -3409,7 +3357,7 @@ func TestWhatWaitsForRedisIsBounded(t *testing.T) { // not in parallel: it keeps
 				late.Add(1)
 			}
 		})
-		room := int64(max(tt.callers-maxQueued, 0))
+		room := int64(max(tt.callers+1-maxQueued, 0))
 		if full.Load() > room || full.Load() == 0 && room > 0 || late.Load() > 0 {
 			t.Errorf("of %d that wait for %s %d found no room, want %d; %d were told after 3 s",
 				tt.callers, tt.name, full.Load(), room, late.Load())
@@ -3466,136 +3414,6 @@ func primaryAt(addr string) string {
 	return "*2\r\n" + bulkString(host) + bulkString(port)
 }
 
-// connOf is the connection that the store sends on.
-func connOf(store *redisSessions) *redisConn {
-	store.mu.Lock()
-	defer store.mu.Unlock()
-	return store.conn
-}
-
-// wantReplaced waits until the store uses another connection than the first one, and only that.
-func wantReplaced(t testing.TB, store *redisSessions, f *fakeRedis, first *redisConn) {
-	t.Helper()
-	eventually(t, 20*time.Second, "another connection, and only that", func() bool {
-		wantOwn(t, store)
-		_, open := f.connections()
-		return connOf(store) != first && open == 1
-	})
-}
-
-// A connection that works is used until its successor stands, and then no longer.
-func TestAConnectionIsReplacedOnceItsSuccessorStands(t *testing.T) {
-	t.Parallel()
-	hide := func(_ testing.TB, f *fakeRedis) { f.listener.Close() }
-	show := func(t testing.TB, f *fakeRedis) { f.listen(t) }
-	mute := func(_ testing.TB, f *fakeRedis) { f.locked(func() { f.mute = true }) }
-	unmute := func(_ testing.TB, f *fakeRedis) { f.locked(func() { f.mute = false }) }
-	for _, tt := range []struct {
-		name       string
-		sentinel   bool // is what fails
-		fail, heal func(testing.TB, *fakeRedis)
-	}{
-		{"Redis takes no connection", false, hide, show},
-		{"Redis takes one and says nothing", false, mute, unmute},
-		{"the sentinel is away", true, hide, show},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			f := startFakeRedis(t, plainReply)
-			url, asked := f.url(), f
-			if tt.sentinel {
-				asked = fakeSentinel(t, primaryAt(f.addr))
-				url = "redis-sentinel://" + asked.addr + "/accounts"
-			}
-			store := openRedisSessions(t, url)
-			wantOwn(t, store)
-			first := connOf(store)
-			tt.fail(t, asked)
-			store.mu.Lock()
-			first.dialedAt = time.Now().Add(-connLifetime)
-			store.mu.Unlock()
-			eventually(t, 20*time.Second, "two attempts to replace it", func() bool {
-				wantOwn(t, store)
-				return store.metrics()["redis dials"] >= 3
-			})
-			if connOf(store) != first {
-				t.Error("a connection that works is not used any more")
-			}
-			tt.heal(t, asked)
-			wantReplaced(t, store, f, first)
-		})
-	}
-}
-
-func TestAConnectionToNoPrimaryIsReplacedAtOnce(t *testing.T) {
-	t.Parallel()
-	f := startFakeRedis(t, func(command []string) string {
-		if command[0] == "DEL" {
-			return "-READONLY\r\n"
-		}
-		return plainReply(command)
-	})
-	store := openRedisSessions(t, f.url())
-	wantOwn(t, store)
-	first := connOf(store)
-	if err := store.Delete(t.Context(), newUUID()); !errors.Is(err, errRefused) {
-		t.Errorf("Delete: %v, want errRefused", err)
-	}
-	wantReplaced(t, store, f, first)
-}
-
-// readingConn is a connection that can only be read.
-type readingConn struct {
-	net.Conn
-	from io.Reader
-}
-
-func (c readingConn) Read(p []byte) (int, error) { return c.from.Read(p) }
-
-func TestTheGuardFollowsReplies(t *testing.T) {
-	t.Parallel()
-	longest := "+" + strings.Repeat("x", maxLineLength-3) + "\r\n"
-	largest := bulkString(strings.Repeat("\n", maxBulkString))
-	skipped := bulkString(strings.Repeat("\n", maxBulkString+1))
-	widest := "*64\r\n" + strings.Repeat(":1\r\n", 64)
-	deepest := "*2\r\n*2\r\n*1\r\n:1\r\n*1\r\n:2\r\n*0\r\n"
-	for _, tt := range []struct {
-		depth   int
-		passed  string
-		refused string // what follows; "" for nothing
-	}{
-		{1, "+OK\r\n-ERR $5 *7 - no\r\n:12\r\n:-12\r\n$-1\r\n*-1\r\n$0\r\n\r\n*0\r\n*0\r\n", ""},
-		{1, "$15\r\n$999999\r\n*99\r\n\r\n*1\r\n$-1\r\n", ""},
-		{2, "*3\r\n$2\r\nid\r\n*1\r\n$10\r\n0123456789\r\n:7\r\n", ""},
-		{3, strings.Repeat(longest+largest+widest+deepest, 2), ""},
-		{1, strings.Repeat("*3\r\n$2\r\nid\r\n"+skipped+":1\r\n"+skipped, 2), ""},
-		{1, "", fmt.Sprintf("$%d\r\n", maxSkipped+1)},
-		{1, "", "$99999999999999999999\r\n"},
-		{1, "", "$\r\n"},
-		{1, "", "*x\r\n"},
-		{1, skipped, "*65\r\n"},
-		{1, "*2\r\n:1\r\n", "*0\r\n"},
-		{3, "*1\r\n*1\r\n*1\r\n", "*1\r\n:1\r\n"},
-		{1, "", longest[:1] + "x" + longest[1:]},
-		{1, "+OK\r\n$5\r\n*9999\r\n", "*9999\r\n"},
-	} {
-		text := tt.passed + tt.refused
-		want := strings.ReplaceAll(tt.passed, skipped, "-TOOLARGE\r\n")
-		for name, from := range map[string]io.Reader{
-			"at once":      strings.NewReader(text),
-			"byte by byte": iotest.OneByteReader(strings.NewReader(text)),
-		} {
-			got, err := io.ReadAll(&guardedSocket{Conn: readingConn{from: from}, maxDepth: tt.depth})
-			if (tt.refused == "") != (err == nil) || err != nil && !errors.Is(err, errReplySize) {
-				t.Errorf("%.80q %s: error %v", text, name, err)
-			}
-			if string(got) != want {
-				t.Errorf("%.80q %s: passed %.80q, want %.80q", text, name, got, want)
-			}
-		}
-	}
-}
-
 func TestRedisURLs(t *testing.T) {
 	for url, want := range map[string]struct {
 		addrs string
@@ -3620,7 +3438,7 @@ func TestRedisURLs(t *testing.T) {
 	}
 	for _, url := range []string{
 		"", "localhost:6379", "http://h", "redis://", "redis://:6379", "redis://ho st:6379", "redis://h:0", "redis://h:65536",
-		"redis://h:s3cret", "redis://a,b", "redis://h/s3cret", "redis://:s3cret%40h:6379/0x", "redis://h/0?db=s3cret",
+		"redis://h:s3cret", "redis://a,,b", "redis://h/s3cret", "redis://:s3cret%40h:6379/0x", "redis://h/0?db=s3cret",
 		"redis://h/-1", "redis://u:s3cret%@h", "redis://h#s3cret", "redis://s3cret@h", "redis://u:s3c@s3cret@h", "redis://::1",
 		"redis://h:6379:", "redis-sentinel://h", "redis-sentinel://h/", "redis-sentinel://h,/m", "redis-sentinel://h/m/s3cret",
 		"redis-sentinel:///m", "redis-sentinel://u:26/s3cret@h:1/1",
@@ -3901,13 +3719,6 @@ func TestRedisFaults(t *testing.T) {
 			options: []string{"--replica-serve-stale-data", "no"}, fail: replicate, heal: promote},
 		{name: "loading", want: onlyEcho, cause: "LOADING",
 			fail: load, heal: do("CONFIG", "SET", "key-load-delay", 0)},
-		{name: "a slot that moved", want: onlyEcho, cause: "MOVED 866 192.0.2.1:6379",
-			reply: func(reply []byte) ([]byte, error) {
-				if reply[0] == '$' { // to ECHO
-					return reply, nil
-				}
-				return []byte("-MOVED 866 192.0.2.1:6379\r\n"), nil
-			}},
 		{name: "an EXPIRE that did nothing", want: noNewSessions, cause: "EXPIRE",
 			reply: func(reply []byte) ([]byte, error) {
 				return bytes.Replace(reply, []byte("\r\n:1\r\n"), []byte("\r\n:0\r\n"), 1), nil
@@ -4202,6 +4013,8 @@ func TestALargeReplyHarmsNobodyElse(t *testing.T) { // not in parallel: it keeps
 		if i == 0 {
 			for n := range 10 {
 				s.want(503, huge[n%2])
+				before := served.Load() // neighbours are asked for once more, and no oftener
+				eventually(t, 20*time.Second, "others are served", func() bool { return served.Load() > before+20 })
 			}
 			done.Store(true)
 			return
@@ -4322,7 +4135,7 @@ func TestNoAnswerCarriesAnothersSession(t *testing.T) { // not in parallel: it k
 				t.Errorf("only %d of %d answered", right.Load(), total)
 			}
 			p.set(nil)
-			s.want(200, ids[0])
+			s.wantBack(200, "/user", cookie(ids[0]))
 			wantEnds(t, r.url())
 		})
 	}
@@ -4478,20 +4291,6 @@ func TestASentinelThatKnowsLessIsPassedOver(t *testing.T) {
 			}
 		})
 	}
-	t.Run("more that say nothing than one dial can ask", func(t *testing.T) {
-		t.Parallel()
-		silent := fakeSentinel(t, "").addr
-		url := "redis-sentinel://" + strings.Repeat(silent+",", 5) + right + "/accounts"
-		store := openRedisSessions(t, url)
-		eventually(t, 20*time.Second, "the sentinel that answers is asked", func() bool {
-			return store.Ping(t.Context()) == nil
-		})
-		connOf(store).fail(errCut, nil)
-		before := store.metrics()["redis dials"]
-		if err := store.Ping(t.Context()); err != nil || store.metrics()["redis dials"] != before+1 {
-			t.Errorf("Ping: %v, want that the sentinel that answered last is asked first", err)
-		}
-	})
 }
 
 func TestRedisOverTLSWithAPrivateCA(t *testing.T) {
@@ -5415,24 +5214,29 @@ func FuzzSessionHash(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, id, createdAt, updatedAt, updateAt string, damage, at uint8) {
 		skipLong(t, id, createdAt, updatedAt, updateAt)
-		reply := []any{[]byte("id"), []byte(id), []byte("createdAt"), []byte(createdAt), []byte("updatedAt"),
-			[]byte(updatedAt), []byte("updateAt"), []byte(updateAt), []byte("age"), []byte("")}
-		damages := []any{nil, int64(1), redis.Error("ERR"), tooLarge}
-		errs := []error{errReplyShape, errReplyShape, errReplyShape, errReplySize}
-		var wantErr error
+		elements := []string{bulkString("id"), bulkString(id), bulkString("createdAt"), bulkString(createdAt),
+			bulkString("updatedAt"), bulkString(updatedAt), bulkString("updateAt"), bulkString(updateAt),
+			bulkString("age"), "*1\r\n$-1\r\n"} // what is no field of ours may be anything
+		damages := []string{":1\r\n", "*0\r\n", "%1\r\n", bulkString(strings.Repeat("x", maxReply))}
+		wantErr := error(nil)
 		if int(damage) < len(damages) {
-			reply[int(at)%len(reply)] = damages[damage]
-			wantErr = errs[damage]
-		} else if id == "" {
-			wantErr = errNoSession
+			elements[int(at)%(len(elements)-1)] = damages[damage]
+			wantErr = errReplyShape
+			if damage == 3 {
+				wantErr = errReplySize
+			}
 		}
-		user, err := decodeUser(reply)
-		if !errors.Is(err, wantErr) {
-			t.Fatalf("%q: error %v, want %v", reply, err, wantErr)
+		hash := &lookup{}
+		r := &replyReader{in: bufio.NewReader(strings.NewReader("*10\r\n" + strings.Join(elements, "")))}
+		r.begin()
+		hash.read(r)
+		if !errors.Is(r.err, wantErr) || r.refusal != "" {
+			t.Fatalf("%q: error %v, want %v", elements, r.err, wantErr)
 		}
 		if wantErr != nil {
 			return
 		}
+		user := hash.user
 		want := User{ID: id, CreatedAt: "1970-01-01T00:00:00.000Z", UpdatedAt: "1970-01-01T00:00:00.000Z"}
 		for _, text := range []string{createdAt, updateAt, updatedAt} { // the last that can be read
 			if at, ok := parseSessionTime(text); ok {
@@ -5444,7 +5248,7 @@ func FuzzSessionHash(f *testing.F) {
 			want.CreatedAt = at
 		}
 		if user != want {
-			t.Errorf("%q: %+v, want %+v", reply, user, want)
+			t.Errorf("%q: %+v, want %+v", elements, user, want)
 		}
 	})
 }
@@ -5563,47 +5367,40 @@ func FuzzRedisURL(f *testing.F) {
 	})
 }
 
-// receiveAll returns all replies of a Redis that sends text in pieces, each followed by its error.
-func receiveAll(text string, piece int) (replies []any) {
-	socket, server := net.Pipe()
-	go func() {
-		defer server.Close()
-		for bytes := range slices.Chunk([]byte(text), piece) {
-			if _, err := server.Write(bytes); err != nil {
-				return
-			}
-		}
-	}()
-	c := redis.NewConn(&guardedSocket{Conn: socket, maxDepth: maxRoleDepth}, 0, 0)
-	for c.Err() == nil {
-		reply, err := c.Receive()
-		replies = append(replies, reply, err)
-	}
-	return replies
-}
-
+// What is read of a reply is bounded, and what follows it is read in its place.
 func FuzzRedisReplies(f *testing.F) {
 	for _, text := range []string{
-		"+OK\r\n*2\r\n:5\r\n:1\r\n$1\r\nx\r\n", "*-1\r\n$-1\r\n:1\r\n-ERR x\r\n", "*2\r\n*1\r\n*0\r\n$-1\r\n+\r\n",
-		"+OK\r\n$9999999999\r\n", "*9999999999\r\n", "*64\r\n*64\r\n*64\r\n*64\r\n", "$262144\r\n", "$x\r\n",
-		"$60\r\n" + strings.Repeat("*999\r\n", 10) + "\r\n", strings.Repeat("*1\r\n", 16_000),
-		strings.Repeat("x", 5000), "\r\n",
+		"+OK\r\n", "-ERR x\r\n", ":-12\r\n", "$-1\r\n", "*-1\r\n", "$0\r\n\r\n", "*2\r\n:5\r\n:1\r\n",
+		"*2\r\n$2\r\nid\r\n$1\r\n7\r\n", "*2\r\n*1\r\n*0\r\n$-1\r\n", "$9999999999\r\n", "*9999999999\r\n",
+		"$99999999999999999999\r\n", "$x\r\n", "$-2\r\n", "\r\n", "\n", "%1\r\n", "+OK\n", "$1\r\nxxx",
+		"$60\r\n" + strings.Repeat("*999\r\n", 10) + "\r\n", strings.Repeat("*1\r\n", 100_000), strings.Repeat("+", 1<<20),
+		"*1000\r\n" + strings.Repeat(bulkString(strings.Repeat("x", 40<<10)), 10),
 	} {
-		f.Add(text, uint8(0))
-		f.Add(text, uint8(len(text)/2))
+		f.Add(text)
 	}
-	f.Fuzz(func(t *testing.T, text string, piece uint8) {
-		skipLong(t, text)
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
-		replies := receiveAll(text, 16<<10)
-		runtime.ReadMemStats(&after)
-		allocated := after.TotalAlloc - before.TotalAlloc
-		if allocated > 4*maxBulkString+300*uint64(len(text)) || after.StackInuse > before.StackInuse+1<<20 {
-			t.Errorf("%.100q, %d bytes: allocated %d, stack %d", text, len(text), allocated, after.StackInuse)
-		}
-		if inPieces := receiveAll(text, 1+int(piece)); !reflect.DeepEqual(inPieces, replies) {
-			t.Errorf("%.100q: %.300q, but in pieces %.300q", text, replies, inPieces)
+	reads := []func(r *replyReader){(&lookup{}).read, (&creation{}).read, (&deletion{}).read, isOK, isPrimary, (*replyReader).skip}
+	f.Fuzz(func(t *testing.T, text string) {
+		for i, read := range reads {
+			in := strings.NewReader(text + "+END\r\n")
+			r := &replyReader{in: bufio.NewReader(in)}
+			r.begin()
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			read(r)
+			runtime.ReadMemStats(&after)
+			if allocated := after.TotalAlloc - before.TotalAlloc; allocated > 4*maxReply {
+				t.Errorf("%.100q: read %d allocated %d bytes", text, i, allocated)
+			}
+			if n := len(text) + len("+END\r\n") - in.Len() - r.in.Buffered(); n > maxReply+4096 {
+				t.Errorf("%.100q: read %d took %d bytes", text, i, n)
+			}
+			end := r.in.Buffered() + in.Len()
+			if r.begin(); r.err == nil && end == len("+END\r\n") {
+				r.status("END")
+				if !r.ok() {
+					t.Errorf("%.100q: read %d: %v, %q", text, i, r.err, r.refusal)
+				}
+			}
 		}
 	})
 }
@@ -5716,11 +5513,10 @@ type pooledSessions struct {
 func (s *pooledSessions) Get(_ context.Context, id string) (User, error) {
 	c := s.pool.Get()
 	defer c.Close()
-	reply, err := c.Do("HGETALL", sessionKey(id))
-	if err != nil {
-		return User{}, err
-	}
-	return decodeUser(reply)
+	hash, err := redis.StringMap(c.Do("HGETALL", sessionKey(id)))
+	user := User{ID: hash["id"], Name: hash["name"], Email: hash["email"]}
+	user.CreatedAt, user.UpdatedAt = userTimes(parseSessionTime, hash["createdAt"], hash["updatedAt"])
+	return user, err
 }
 
 // startPooled serves what the service does, but with pooledSessions.

@@ -3,16 +3,21 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
+	"maps"
 	"net"
 	"net/url"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -40,7 +45,7 @@ type User struct {
 // error that wraps errUnavailable.
 type SessionStore interface {
 	// Create makes session id for user, to live for ttl (whole seconds). After an error the session may
-	// exist, but then it expires. After errLost the caller may try again, with a new id.
+	// exist, but then it expires.
 	Create(ctx context.Context, id string, user User, ttl time.Duration) error
 	// Get returns the user as of the session's creation. A session that is missing, expired or unreadable is
 	// errNoSession.
@@ -58,8 +63,6 @@ var (
 	errUnavailable = errors.New("store unavailable")
 	// errRefused is an errUnavailable: the store was reached, and said no.
 	errRefused = fmt.Errorf("%w: refused", errUnavailable)
-	// errLost is an errUnavailable: the answer was lost on the way, and what was asked may have been done.
-	errLost = fmt.Errorf("%w: answer lost", errUnavailable)
 )
 
 // newUUID returns a random (version 4) UUID, RFC 9562: 122 bits from the system's generator.
@@ -94,7 +97,7 @@ func isUUID(s string) bool {
 // Date.toISOString.
 const timeFormat = "2006-01-02T15:04:05.000Z"
 
-// formatTime returns t in timeFormat, and false if its year has more than four digits.
+// formatTime returns t in timeFormat, and false if its year is not from 0 to 9999.
 func formatTime(t time.Time) (string, bool) {
 	t = t.UTC()
 	if t.Year() < 0 || t.Year() > 9999 {
@@ -151,405 +154,742 @@ func userTimes(parse func(string) (string, bool), createdAt string, updated ...s
 	return epoch, epoch
 }
 
-// How long an operation on Redis may take. The worst is 2 s: connectTimeout until there is a connection,
-// and then replyTimeout. Past patience an operation is not sent any more.
-const (
-	connectTimeout  = time.Second            // dialling, all sentinels included
-	sentinelTimeout = 500 * time.Millisecond // one sentinel and the primary that it names
-	replyTimeout    = time.Second            // from sending to the last reply of a flush
-	patience        = time.Second
-	connLifetime    = time.Minute // so that a failover behind a stable name is noticed
-	renewalPause    = time.Second // between attempts to replace a connection that still works
-	maxQueued       = 8192        // operations that wait to be sent
-	maxUnread       = 100         // operations of a flush that is written before its replies are read
-)
-
 // redisSessions is the Redis backend: one hash a session, as the original program wrote them.
 //
-// It is a pipeline on one connection. Each operation is queued (enqueue). One goroutine at a time sends all
-// that are queued, as a flush (sendQueued). Another reads the replies in order and hands them out
-// (receive). No operation waits for another's reply.
+// Each server has a pipeline: one connection that all requests share. Where Redis is a cluster, the cluster
+// tells which pipeline a session is asked for on.
 type redisSessions struct {
-	target *redisTarget
-	stats  redisStats
-
-	mu        sync.Mutex
-	queue     []*operation
-	sending   bool       // a goroutine sends what is queued
-	conn      *redisConn // nil before the first one
-	successor *redisConn // to replace conn at the next flush
-	renewing  bool       // a successor is dialled
-	renewedAt time.Time  // the last attempt to dial one
-	closed    bool
+	cluster *cluster
+	stats   *redisStats
 }
 
-// redisStats counts since the start.
+// redisStats counts since the start, over all servers.
 type redisStats struct {
-	operations atomic.Int64
-	flushes    atomic.Int64
-	retries    atomic.Int64
-	dials      atomic.Int64
+	operations   atomic.Int64
+	flushes      atomic.Int64
+	retries      atomic.Int64
+	redirections atomic.Int64
+	dials        atomic.Int64
 }
 
-// metrics returns what was counted since the start, by name.
+func newRedisSessions(target *redisTarget, log *slog.Logger) *redisSessions {
+	stats := &redisStats{}
+	return &redisSessions{cluster: newCluster(target, stats, log), stats: stats}
+}
+
+// metrics returns what was counted since the start, and how many operations wait to be sent.
 func (s *redisSessions) metrics() map[string]int64 {
 	return map[string]int64{
-		"redis operations": s.stats.operations.Load(),
-		"redis flushes":    s.stats.flushes.Load(),
-		"redis retries":    s.stats.retries.Load(),
-		"redis dials":      s.stats.dials.Load(),
+		"redis_operations_total":   s.stats.operations.Load(),
+		"redis_flushes_total":      s.stats.flushes.Load(),
+		"redis_retries_total":      s.stats.retries.Load(),
+		"redis_redirections_total": s.stats.redirections.Load(),
+		"redis_dials_total":        s.stats.dials.Load(),
+		"redis_queue":              int64(s.cluster.queued()),
 	}
-}
-
-// operation is what one request wants of Redis.
-type operation struct {
-	commands []command // several are one transaction on one key
-	deadline time.Time // past it the operation is not sent any more
-	once     bool      // it may be sent once only
-	retried  bool      // it has had its second try
-
-	// To be read when done is closed.
-	answer answer
-	conn   *redisConn // that brought the answer
-	err    error      // there is no answer; wraps errUnavailable
-	done   chan struct{}
-}
-
-type command struct {
-	name string
-	args []any
-}
-
-// answer is what Redis said to an operation.
-type answer struct {
-	reply   any         // to the last command
-	refusal redis.Error // the first error among the replies, "" for none
-}
-
-func newRedisSessions(target *redisTarget) *redisSessions {
-	return &redisSessions{target: target}
 }
 
 func sessionKey(id string) string { return "session:" + id }
 
-// Create sends one transaction, so that no session can be left without an end.
+// Create is never sent twice: a first try that arrives late could bring the session back after its DEL.
 func (s *redisSessions) Create(ctx context.Context, id string, user User, ttl time.Duration) error {
 	key := sessionKey(id)
-	op := newOperation(ctx,
-		command{"MULTI", nil},
-		command{"HSET", []any{key, "id", user.ID, "name", user.Name, "email", user.Email,
-			"createdAt", user.CreatedAt, "updatedAt", user.UpdatedAt}},
-		command{"EXPIRE", []any{key, int64(ttl / time.Second)}},
-		command{"EXEC", nil})
-	op.once = true // a first try that arrives late could bring the session back after its DEL
-	err := s.do(op)
-	if err == nil {
-		err = op.distrust(decodeCreated(op.answer.reply))
-	}
+	creation := &creation{key: key, user: user, ttl: int64(ttl / time.Second)}
+	err := s.cluster.do(ctx, s.cluster.nodeOf(key), creation, 1)
 	if errors.Is(err, errRefused) {
 		// Part of it may have been done: EXEC does not roll back, and after a refused MULTI the rest runs
 		// singly. What this leaves behind expires, should the deletion fail.
-		go s.Delete(context.WithoutCancel(ctx), id)
+		s.Delete(ctx, id)
 	}
 	return err
 }
 
 func (s *redisSessions) Get(ctx context.Context, id string) (User, error) {
-	op := newOperation(ctx, command{"HGETALL", []any{sessionKey(id)}})
-	err := s.do(op)
-	if strings.HasPrefix(string(op.answer.refusal), "WRONGTYPE") {
-		return User{}, errNoSession // the key holds something else than a hash
-	}
-	if err != nil {
+	key := sessionKey(id)
+	lookup := &lookup{key: key}
+	if err := s.cluster.do(ctx, s.cluster.nodeOf(key), lookup, 2); err != nil {
+		if isRefusal(err, "WRONGTYPE") {
+			return User{}, errNoSession // the key holds something else than a hash
+		}
 		return User{}, err
 	}
-	user, err := decodeUser(op.answer.reply)
-	return user, op.distrust(err)
+	if lookup.user.ID == "" {
+		return User{}, errNoSession
+	}
+	return lookup.user, nil
 }
 
 func (s *redisSessions) Delete(ctx context.Context, id string) error {
-	op := newOperation(ctx, command{"DEL", []any{sessionKey(id)}})
-	if err := s.do(op); err != nil {
+	key := sessionKey(id)
+	deletion := &deletion{key: key}
+	if err := s.cluster.do(ctx, s.cluster.nodeOf(key), deletion, 2); err != nil {
 		return err
 	}
-	deleted, ok := op.answer.reply.(int64)
-	if !ok {
-		return op.distrust(errReplyShape)
-	}
-	if deleted == 0 {
+	if deletion.deleted == 0 {
 		return errNoSession
 	}
 	return nil
 }
 
-// Ping sends an empty flush, which is only its ECHO.
+// Ping returns nil when any server of a cluster answers.
 func (s *redisSessions) Ping(ctx context.Context) error {
-	return s.do(newOperation(ctx))
+	return s.cluster.do(ctx, s.cluster.entry, ping{}, 2)
 }
 
 func (s *redisSessions) Close() error {
-	s.mu.Lock()
-	s.closed = true
-	queue := s.queue
-	s.queue = nil
-	conns := []*redisConn{s.conn, s.successor}
-	s.mu.Unlock()
-	for _, op := range queue {
-		op.finish(errClosed)
-	}
-	for _, conn := range conns {
-		if conn != nil {
-			conn.fail(errClosed, nil)
-		}
-	}
+	s.cluster.close()
 	return nil
 }
+
+// request is what an operation asks of Redis, and what becomes of the replies.
+type request interface {
+	send(conn redis.Conn) // encodes the commands; an error of conn shows in its Flush
+	read(r *replyReader)  // reads a reply for each command; is called again for a second try
+}
+
+// creation is one transaction on one key, so that no session can be left without an end.
+type creation struct {
+	key  string
+	user User
+	ttl  int64 // seconds
+}
+
+func (c *creation) send(conn redis.Conn) {
+	conn.Send("MULTI")
+	conn.Send("HSET", c.key, "id", c.user.ID, "name", c.user.Name, "email", c.user.Email,
+		"createdAt", c.user.CreatedAt, "updatedAt", c.user.UpdatedAt)
+	conn.Send("EXPIRE", c.key, c.ttl)
+	conn.Send("EXEC")
+}
+
+func (c *creation) read(r *replyReader) {
+	r.status("OK")
+	for range 2 { // HSET and EXPIRE
+		if r.refusal == "" {
+			r.status("QUEUED")
+		} else {
+			r.skip() // after a refused MULTI they are no part of a transaction
+		}
+	}
+	if r.refusal != "" {
+		r.skip()
+		return
+	}
+	if !r.array(2) {
+		return
+	}
+	r.number(':')
+	if r.number(':') != 1 && r.ok() {
+		r.refusal = "EXPIRE has not set the session's end"
+	}
+}
+
+type lookup struct {
+	key  string
+	user User // without an id: there is no session
+}
+
+func (l *lookup) send(conn redis.Conn) { conn.Send("HGETALL", l.key) }
+
+func (l *lookup) read(r *replyReader) {
+	var user User
+	var createdAt, updatedAt, updateAt string
+	n := r.number('*')
+	if n%2 != 0 && r.ok() {
+		r.fail(errReplyShape)
+	}
+	for ; n > 0 && r.err == nil; n -= 2 {
+		var field *string
+		switch string(r.bulk()) {
+		case "id":
+			field = &user.ID
+		case "name":
+			field = &user.Name
+		case "email":
+			field = &user.Email
+		case "createdAt":
+			field = &createdAt
+		case "updatedAt":
+			field = &updatedAt
+		case "updateAt": // the original's
+			field = &updateAt
+		}
+		if field == nil {
+			r.skip()
+		} else {
+			*field = string(r.bulk())
+		}
+	}
+	user.CreatedAt, user.UpdatedAt = userTimes(parseSessionTime, createdAt, updatedAt, updateAt)
+	l.user = user
+}
+
+type deletion struct {
+	key     string
+	deleted int // keys
+}
+
+func (d *deletion) send(conn redis.Conn) { conn.Send("DEL", d.key) }
+func (d *deletion) read(r *replyReader)  { d.deleted = r.number(':') }
+
+// ping sends nothing: the ECHO that ends every flush is enough.
+type ping struct{}
+
+func (ping) send(redis.Conn)   {}
+func (ping) read(*replyReader) {}
+
+// asking is a request to a node of a cluster that is about to take over the key's slot. ASKING holds for the
+// next command, or the transaction that it begins.
+type asking struct {
+	request
+}
+
+func (a asking) send(conn redis.Conn) {
+	conn.Send("ASKING")
+	a.request.send(conn)
+}
+
+func (a asking) read(r *replyReader) {
+	r.status("OK")
+	a.request.read(r)
+}
+
+// The worst that an operation can take is 2 s: operationTimeout until it is sent, and then replyTimeout.
+const (
+	operationTimeout = time.Second            // past it an operation is not sent any more
+	replyTimeout     = time.Second            // from sending a flush to its last reply
+	connectTimeout   = 10 * time.Second       // name, TCP, TLS, login and first ECHO together
+	sentinelTimeout  = 500 * time.Millisecond // one sentinel, and the primary that it names
+	attemptInterval  = time.Second            // between attempts to connect while none has succeeded
+	attemptPause     = time.Second / 10       // after one that failed
+	expiryInterval   = time.Second / 10       // of looking for operations that have waited too long
+	minAge           = time.Second            // of a connection that is ended when Redis is no primary
+	maxQueued        = 8192                   // operations that wait to be sent
+	maxReply         = 256 << 10              // bytes of an operation's replies; the original's need 200 kB
+	maxRedirections  = 5                      // of one operation in a cluster
+)
 
 var (
 	errClosed     = errors.New("the session store is closed")
 	errQueueFull  = errors.New("too many requests wait for Redis")
-	errTooLate    = errors.New("no connection to Redis in time")
-	errReplyShape = fmt.Errorf("%w: a reply of the wrong shape", errUnavailable)
-	errOutOfStep  = errors.New("replies out of step")
+	errNoTime     = errors.New("no time is left for Redis")
+	errBlocked    = errors.New("Redis has not read what was sent before in time")
+	errConnecting = errors.New("connecting takes longer than a request can wait")
+	errHungUp     = errors.New("closed the connection")
+	errReplyShape = errors.New("a reply of the wrong shape")
 	errReplySize  = errors.New("a reply larger than any session")
+	errOutOfStep  = errors.New("replies out of step")
+	errNoPrimary  = errors.New("is no primary")
 )
 
-// newOperation returns an operation that expires after patience, or earlier if it could otherwise not be
-// answered by ctx's deadline. Cancelling ctx does nothing: to watch for that would cost more than a lookup
-// takes.
-func newOperation(ctx context.Context, commands ...command) *operation {
-	op := &operation{commands: commands, deadline: time.Now().Add(patience), done: make(chan struct{})}
-	if deadline, ok := ctx.Deadline(); ok && deadline.Add(-replyTimeout).Before(op.deadline) {
-		op.deadline = deadline.Add(-replyTimeout)
-	}
-	return op
+// refusedError is what Redis said no with. It is an errRefused.
+type refusedError struct {
+	server string // host:port
+	text   string // such as "OOM command not allowed when used memory > 'maxmemory'."
 }
 
-// do has an operation sent and waits for its answer. It returns errRefused if Redis refused one of the
-// commands.
-func (s *redisSessions) do(op *operation) error {
-	s.stats.operations.Add(1)
-	if err := s.enqueue(op); err != nil {
-		return unavailable(err)
-	}
-	<-op.done
-	if op.err != nil {
-		return op.err
-	}
-	if op.answer.refusal != "" {
-		return unavailable(op.answer.refusal)
-	}
-	return nil
+func (e *refusedError) Unwrap() error { return errRefused }
+
+// Error leaves out what Redis quotes behind ", with args": arguments such as session ids and passwords, which
+// no log may hold.
+func (e *refusedError) Error() string {
+	text, _, _ := strings.Cut(e.text, ", with args")
+	return fmt.Sprintf("%v: %s: %s", errRefused, e.server, text)
 }
 
-// distrust ends the connection that brought the answer if err says that it has the wrong shape. It returns
-// err.
-func (op *operation) distrust(err error) error {
-	if errors.Is(err, errReplyShape) {
-		op.conn.fail(err, nil)
-	}
-	return err
+// isRefusal tells whether err is what Redis refused with an error of this kind, such as "WRONGTYPE".
+func isRefusal(err error, kind string) bool {
+	refusal, ok := errors.AsType[*refusedError](err)
+	return ok && strings.HasPrefix(refusal.text, kind)
 }
 
-// unavailable marks err as errRefused if Redis said it, and as errUnavailable otherwise. Redis quotes
-// arguments behind ", with args", such as session ids and passwords, which no log may hold.
-func unavailable(err error) error {
-	if errors.Is(err, errUnavailable) {
-		return err
-	}
-	if _, refused := errors.AsType[redis.Error](err); refused {
-		text, _, _ := strings.Cut(err.Error(), ", with args")
-		return fmt.Errorf("%w: %w", errRefused, redis.Error(text))
-	}
-	return fmt.Errorf("%w: %w", errUnavailable, err)
+// operation is a request on its way.
+type operation struct {
+	request
+	deadline time.Time // past it the operation is not sent any more
+	sends    int       // how often it may still be sent
+
+	done chan struct{}
+	err  error // to be read when done is closed: nil, or an errUnavailable
 }
 
-// enqueue sees to it that op is sent and, in the end, finished.
-func (s *redisSessions) enqueue(op *operation) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return errClosed
-	}
-	if !time.Now().Before(op.deadline) {
-		return errTooLate
-	}
-	if len(s.queue) >= maxQueued {
-		return errQueueFull
-	}
-	s.queue = append(s.queue, op)
-	if !s.sending {
-		s.sending = true
-		go s.sendQueued()
-	}
-	return nil
+// again tells whether the operation may be sent once more after err. What timed out may not: the server is
+// slow enough without.
+func (op *operation) again(err error) bool {
+	return op.sends > 0 && !errors.Is(err, os.ErrDeadlineExceeded) && time.Now().Before(op.deadline)
 }
 
-// sendQueued sends what is queued, until nothing is.
-func (s *redisSessions) sendQueued() {
-	for {
-		runtime.Gosched() // requests that are ready to run join this flush
-		s.mu.Lock()
-		operations := s.queue
-		s.queue = make([]*operation, 0, len(operations))
-		if len(operations) == 0 {
-			s.sending = false
-			s.mu.Unlock()
-			return
-		}
-		s.mu.Unlock()
-		operations = inTime(operations)
-		if len(operations) == 0 {
-			continue
-		}
-		conn, err := s.connection()
-		if err != nil {
-			for _, op := range operations {
-				op.finish(err)
-			}
-			continue
-		}
-		conn.send(inTime(operations))
-	}
-}
-
-// inTime ends the operations that have expired, and returns the others in the same slice.
-func inTime(operations []*operation) []*operation {
-	now := time.Now()
-	rest := operations[:0]
-	for _, op := range operations {
-		if now.Before(op.deadline) {
-			rest = append(rest, op)
-		} else {
-			op.finish(errTooLate)
-		}
-	}
-	return rest
-}
-
-// connection returns the connection to send on. It dials the first one, and one in place of one that failed.
-func (s *redisSessions) connection() (*redisConn, error) {
-	if conn := s.current(); conn != nil {
-		return conn, nil
-	}
-	conn, err := s.dial()
-	if err != nil {
-		return nil, err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.conn = conn
-	if s.closed {
-		conn.fail(errClosed, nil)
-	}
-	return conn, nil
-}
-
-// current returns the connection if it works, or its successor. An old connection is used until its
-// successor stands.
-func (s *redisSessions) current() *redisConn {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.successor != nil && !s.successor.failed() {
-		s.conn.retire()
-		s.conn = s.successor
-	}
-	s.successor = nil
-	if s.conn == nil || s.conn.failed() {
-		return nil
-	}
-	if time.Since(s.conn.dialedAt) > connLifetime {
-		s.startRenewal()
-	}
-	return s.conn
-}
-
-// startRenewal dials a successor to the connection, unless that is being done or was tried just now. The
-// caller holds s.mu.
-func (s *redisSessions) startRenewal() {
-	if !s.renewing && time.Since(s.renewedAt) > renewalPause {
-		s.renewing = true
-		go s.renew()
-	}
-}
-
-func (s *redisSessions) renew() {
-	conn, err := s.dial()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.renewing = false
-	s.renewedAt = time.Now()
-	if err != nil {
-		return
-	}
-	s.successor = conn
-	if s.closed {
-		conn.fail(errClosed, nil)
-	}
-}
-
-// dial returns a connection that stands: Redis has answered on it.
-func (s *redisSessions) dial() (*redisConn, error) {
-	s.stats.dials.Add(1)
-	ctx, cancel := context.WithTimeout(context.Background(), connectTimeout)
-	defer cancel()
-	link, err := s.target.dial(ctx)
-	if err != nil {
-		return nil, err
-	}
-	nonce := rand.Text()
-	echo, err := redis.String(link.Do("ECHO", nonce))
-	if err == nil && echo != nonce {
-		err = errOutOfStep
-	}
-	if err != nil {
-		link.Close()
-		return nil, err
-	}
-	link.socket.Conn.SetDeadline(time.Time{})
-	link.socket.maxDepth = 1
-	conn := &redisConn{sessions: s, link: link, dialedAt: time.Now(), noncePrefix: nonce}
-	conn.changed.L = &conn.mu
-	go conn.receive()
-	return conn, nil
-}
-
-// settle ends an operation whose connection failed, or has it sent once more on a fresh one. What timed out
-// is not tried again. spendsRetry is false where the operation only shared its connection with a reply too
-// large.
-func (s *redisSessions) settle(op *operation, err error, spendsRetry bool) {
-	timedOut := errors.Is(err, os.ErrDeadlineExceeded)
-	if op.once && !timedOut {
-		err = fmt.Errorf("%w: %w", errLost, err)
-	}
-	if !op.once && !op.retried && !timedOut && time.Now().Before(op.deadline) {
-		op.retried = spendsRetry
-		s.stats.retries.Add(1)
-		if s.enqueue(op) == nil {
-			return
-		}
-	}
-	op.finish(err)
-}
-
+// finish ends the operation, with nil when its request has read the replies.
 func (op *operation) finish(err error) {
-	op.err = unavailable(err)
+	if err != nil && !errors.Is(err, errUnavailable) {
+		err = fmt.Errorf("%w: %w", errUnavailable, err)
+	}
+	op.err = err
 	close(op.done)
 }
 
-// redisConn is a connection and what was sent on it and is not answered yet.
-type redisConn struct {
-	sessions    *redisSessions
-	link        *redisLink
-	dialedAt    time.Time
-	noncePrefix string // never used before
-	flushed     int    // flushes so far; only the sender counts
+// cluster finds the server to ask for a key: the entry, or where Redis is a cluster the node that has the
+// key's slot. Where a slot is, it learns from Redis's redirections, one slot at a time. What it does not know
+// it asks the entry. https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
+type cluster struct {
+	target *redisTarget
+	stats  *redisStats
+	log    *slog.Logger
+	entry  *pipeline // to the first server of REDIS_URL that answers
+
+	mu     sync.Mutex
+	nodes  map[string]*pipeline // by host:port; empty until Redis redirects
+	slots  map[int]*pipeline    // the node of each slot that is known
+	closed bool
+}
+
+func newCluster(target *redisTarget, stats *redisStats, log *slog.Logger) *cluster {
+	c := &cluster{
+		target: target,
+		stats:  stats,
+		log:    log,
+		nodes:  map[string]*pipeline{},
+		slots:  map[int]*pipeline{},
+	}
+	c.entry = newPipeline(target.String(), stats, func(ctx context.Context, attempt int) (*redisConn, error) {
+		return target.dial(ctx, c.addresses(), attempt)
+	})
+	return c
+}
+
+// do sends a request to a server, at most sends times, and to others as Redis redirects it. It returns when
+// the replies are read. Cancelling ctx does nothing, as watching for that would cost more than a lookup
+// takes; its deadline is kept.
+func (c *cluster) do(ctx context.Context, server *pipeline, req request, sends int) error {
+	c.stats.operations.Add(1)
+	deadline := time.Now().Add(operationTimeout)
+	if end, ok := ctx.Deadline(); ok && end.Add(-replyTimeout).Before(deadline) {
+		deadline = end.Add(-replyTimeout)
+	}
+	next := req
+	for redirections := 0; ; redirections++ {
+		op := &operation{request: next, deadline: deadline, sends: sends, done: make(chan struct{})}
+		server.do(op)
+		if op.err == nil || redirections == maxRedirections {
+			return op.err
+		}
+		var ask bool
+		server, ask = c.redirect(server, op)
+		if server == nil {
+			return op.err
+		}
+		c.stats.redirections.Add(1)
+		next = req
+		if ask {
+			next = asking{req}
+		}
+	}
+}
+
+// redirect returns the server to which an operation that failed is to be sent next, nil for none, and whether
+// ASKING goes before it. A redirection means that nothing was done.
+func (c *cluster) redirect(from *pipeline, op *operation) (to *pipeline, ask bool) {
+	if refusal, ok := errors.AsType[*refusedError](op.err); ok {
+		kind, slot, addr := parseRedirection(refusal)
+		switch kind {
+		case "MOVED":
+			return c.moved(from, slot, addr), false
+		case "ASK":
+			return c.node(addr), true
+		}
+		return nil, false
+	}
+	if from == c.entry || from.stands() {
+		return nil, false
+	}
+	c.forget(from)
+	if !op.again(op.err) {
+		return nil, false
+	}
+	return c.entry, false
+}
+
+// nodeOf returns the server to ask for a key, the entry if that is not known.
+func (c *cluster) nodeOf(key string) *pipeline {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.slots) == 0 {
+		return c.entry
+	}
+	if node := c.slots[slotOf(key)]; node != nil {
+		return node
+	}
+	return c.entry
+}
+
+// slotOf returns the slot of a key without braces: CRC16 (XMODEM) modulo 16384.
+func slotOf(key string) int {
+	var crc uint16
+	for i := range len(key) {
+		crc ^= uint16(key[i]) << 8
+		for range 8 {
+			carry := crc&0x8000 != 0
+			crc <<= 1
+			if carry {
+				crc ^= 0x1021
+			}
+		}
+	}
+	return int(crc % 16384)
+}
+
+// parseRedirection reads "MOVED 3999 127.0.0.1:6381" or "ASK …". Without a host it is the one of the server
+// that says so. Another refusal has no kind.
+func parseRedirection(refusal *refusedError) (kind string, slot int, addr string) {
+	words := strings.Fields(refusal.text)
+	if len(words) != 3 || words[0] != "MOVED" && words[0] != "ASK" {
+		return "", 0, ""
+	}
+	slot, err := strconv.Atoi(words[1])
+	colon := strings.LastIndexByte(words[2], ':') // an IPv6 address has no brackets here
+	if err != nil || colon < 0 {
+		return "", 0, ""
+	}
+	host := words[2][:colon]
+	if host == "" || host == "?" {
+		host, _, _ = net.SplitHostPort(refusal.server)
+	}
+	return words[0], slot, net.JoinHostPort(host, words[2][colon+1:])
+}
+
+// moved notes the node of a slot, as another node told it, and returns it.
+func (c *cluster) moved(from *pipeline, slot int, addr string) *pipeline {
+	node := c.node(addr)
+	c.mu.Lock()
+	c.slots[slot] = node
+	c.mu.Unlock()
+	if node == from {
+		// An address that stands for several machines: the next connection may reach the right one.
+		node.hangUp(errors.New("sends the slot's requests to itself"))
+	}
+	return node
+}
+
+// node returns the pipeline to a node.
+func (c *cluster) node(addr string) *pipeline {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.nodes) == 0 {
+		c.log.Info("Redis is a cluster", "node", addr)
+	}
+	node := c.nodes[addr]
+	if node == nil {
+		node = newPipeline(addr, c.stats, func(ctx context.Context, _ int) (*redisConn, error) {
+			return c.target.dialServer(ctx, addr)
+		})
+		if c.closed {
+			node.close()
+		}
+		c.nodes[addr] = node
+	}
+	return node
+}
+
+// forget drops what is known of the slots of a node that is lost. Others tell where they went.
+func (c *cluster) forget(lost *pipeline) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	maps.DeleteFunc(c.slots, func(_ int, node *pipeline) bool { return node == lost })
+}
+
+// addresses returns those of the entry: the ones in REDIS_URL, and then the nodes that have slots.
+func (c *cluster) addresses() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var known []string
+	for _, node := range c.slots {
+		if !slices.Contains(known, node.name) {
+			known = append(known, node.name)
+		}
+	}
+	slices.Sort(known)
+	return append(slices.Clone(c.target.addrs), known...)
+}
+
+// queued returns how many operations wait to be sent.
+func (c *cluster) queued() int {
+	n := c.entry.queued()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, node := range c.nodes {
+		n += node.queued()
+	}
+	return n
+}
+
+func (c *cluster) close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+	c.entry.close()
+	for _, node := range c.nodes {
+		node.close()
+	}
+}
+
+// pipeline sends operations to a server over one connection. They are queued (add). One goroutine at a time
+// sends all that are queued, as a flush (sendQueued). Another reads the replies in order and hands them out
+// (receive). No operation waits for another's reply, nor for a connection longer than for its own deadline.
+type pipeline struct {
+	name    string // of the server, for messages
+	dial    func(ctx context.Context, attempt int) (*redisConn, error)
+	stats   *redisStats
+	closing context.Context // ends with close
+	stop    context.CancelFunc
 
 	mu       sync.Mutex
-	changed  sync.Cond
+	queue    []*operation
+	sending  bool       // a goroutine sends what is queued
+	dialing  bool       // a goroutine connects
+	conn     *redisConn // nil when none stands
+	failed   error      // of the last attempt to connect
+	failedAt time.Time
+}
+
+func newPipeline(
+	name string, stats *redisStats, dial func(ctx context.Context, attempt int) (*redisConn, error),
+) *pipeline {
+	p := &pipeline{name: name, dial: dial, stats: stats}
+	p.closing, p.stop = context.WithCancel(context.Background())
+	return p
+}
+
+// do has an operation sent, and returns when it is finished.
+func (p *pipeline) do(op *operation) {
+	p.add(op)
+	<-op.done
+}
+
+// add queues an operation, or finishes it if it can only fail.
+func (p *pipeline) add(op *operation) {
+	p.mu.Lock()
+	err := p.enqueue(op)
+	p.mu.Unlock()
+	if err != nil {
+		op.finish(err)
+	}
+}
+
+// enqueue queues an operation and sees to it that somebody sends it. The caller holds p.mu.
+func (p *pipeline) enqueue(op *operation) error {
+	now := time.Now()
+	switch {
+	case p.closing.Err() != nil:
+		return errClosed
+	case !now.Before(op.deadline):
+		return errNoTime
+	case len(p.queue) >= maxQueued:
+		return errQueueFull
+	case p.conn == nil && p.failed != nil && now.Sub(p.failedAt) < attemptPause:
+		return p.failed
+	}
+	p.queue = append(p.queue, op)
+	p.wake()
+	return nil
+}
+
+// wake starts the goroutine that what is queued needs, unless it runs. The caller holds p.mu.
+func (p *pipeline) wake() {
+	switch {
+	case len(p.queue) == 0:
+	case p.conn == nil && !p.dialing:
+		p.dialing = true
+		go p.connect()
+	case p.conn != nil && !p.sending:
+		p.sending = true
+		go p.sendQueued()
+	}
+}
+
+// sendQueued sends what is queued, until nothing is or the connection ends.
+func (p *pipeline) sendQueued() {
+	for {
+		runtime.Gosched() // requests that are ready to run join this flush
+		p.mu.Lock()
+		p.expire(errBlocked)
+		conn := p.conn
+		operations := p.queue
+		if conn == nil || len(operations) == 0 {
+			p.sending = false
+			p.mu.Unlock()
+			return
+		}
+		p.queue = make([]*operation, 0, len(operations))
+		p.mu.Unlock()
+		conn.send(operations)
+	}
+}
+
+// expire finishes, with err, what is queued and past its deadline. The caller holds p.mu.
+func (p *pipeline) expire(err error) {
+	now := time.Now()
+	p.queue = slices.DeleteFunc(p.queue, func(op *operation) bool {
+		expired := !now.Before(op.deadline)
+		if expired {
+			op.finish(err)
+		}
+		return expired
+	})
+}
+
+// connect dials until a connection stands, or all attempts have failed. A further attempt starts each
+// attemptInterval while operations wait, and the first connection to stand is used.
+func (p *pipeline) connect() {
+	ctx, cancel := context.WithCancel(p.closing)
+	defer cancel() // ends the attempts that are late
+	attempts := make(chan dialed)
+	started := 0
+	ended := 0
+	start := func() {
+		go p.attempt(ctx, started, attempts)
+		started++
+	}
+	start()
+	next := time.NewTicker(attemptInterval)
+	defer next.Stop()
+	expiry := time.NewTicker(expiryInterval)
+	defer expiry.Stop()
+	for {
+		select {
+		case a := <-attempts:
+			ended++
+			if p.connected(a, ended == started) {
+				return
+			}
+		case <-next.C:
+			if p.queued() > 0 {
+				start()
+			}
+		case <-expiry.C:
+			p.mu.Lock()
+			p.expire(fmt.Errorf("%s: %w", p.name, errConnecting))
+			p.mu.Unlock()
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// dialed is what came of one attempt to connect.
+type dialed struct {
+	conn *redisConn
+	err  error
+}
+
+// attempt makes the nth attempt, counted from 0, to connect.
+func (p *pipeline) attempt(ctx context.Context, n int, attempts chan<- dialed) {
+	p.stats.dials.Add(1)
+	dialCtx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	conn, err := p.dial(dialCtx, n)
+	select {
+	case attempts <- dialed{conn, err}:
+	case <-ctx.Done(): // another one was first, or the store is closed
+		if err == nil {
+			closeNow(conn.socket)
+		}
+	}
+}
+
+// connected takes what came of an attempt into use: the connection, or the error for all that wait. It tells
+// whether connecting is over, which it is with a connection or after the last attempt.
+func (p *pipeline) connected(a dialed, last bool) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.dialing = a.err != nil && !last
+	if a.err != nil {
+		p.failed = a.err
+		p.failedAt = time.Now()
+		for _, op := range p.queue {
+			op.finish(a.err)
+		}
+		p.queue = nil
+		return last
+	}
+	if p.closing.Err() != nil {
+		closeNow(a.conn.socket)
+		return true
+	}
+	a.conn.pipeline = p
+	p.conn = a.conn
+	p.failed = nil
+	go a.conn.receive()
+	p.wake()
+	return true
+}
+
+// lost takes a connection that has ended out of use, and settles what was in flight on it.
+func (p *pipeline) lost(conn *redisConn, inFlight []*operation, culprit *operation) {
+	p.mu.Lock()
+	if p.conn == conn {
+		p.conn = nil
+	}
+	p.wake()
+	p.mu.Unlock()
+	for _, op := range inFlight {
+		if op == culprit || !op.again(conn.err) {
+			op.finish(conn.err)
+			continue
+		}
+		p.stats.retries.Add(1)
+		p.add(op)
+	}
+}
+
+// stands tells whether there is a connection.
+func (p *pipeline) stands() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.conn != nil
+}
+
+// hangUp ends the connection, if one stands.
+func (p *pipeline) hangUp(err error) {
+	p.mu.Lock()
+	conn := p.conn
+	p.mu.Unlock()
+	if conn != nil {
+		conn.fail(err, nil)
+	}
+}
+
+func (p *pipeline) queued() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.queue)
+}
+
+func (p *pipeline) close() {
+	p.mu.Lock()
+	p.stop()
+	queue := p.queue
+	p.queue = nil
+	p.mu.Unlock()
+	for _, op := range queue {
+		op.finish(errClosed)
+	}
+	p.hangUp(errClosed)
+}
+
+// redisConn is a connection, and what was sent on it and is not answered yet.
+type redisConn struct {
+	pipeline *pipeline
+	server   string // host:port
+	socket   net.Conn
+	encoder  redis.Conn
+	replies  replyReader
+	since    time.Time
+	nonce    string // never used before; each flush adds its number
+	flushes  int    // so far; only the sender counts
+
+	mu       sync.Mutex
 	inFlight []*flush // the oldest first
 	err      error    // why it ended; nothing is in flight then
-	retired  bool     // nothing more is sent
 }
 
 // flush is a batch of operations that are sent together. It ends in an ECHO of a nonce: unless that comes
@@ -557,267 +897,367 @@ type redisConn struct {
 // hand each client the session of the one before it. The order of replies within a flush is trusted.
 type flush struct {
 	operations []*operation
-	answers    []answer // to operations, in their order
+	refusals   []string // the first one of each operation, "" for none
 	nonce      string
 	deadline   time.Time
 }
 
+func newRedisConn(server string, socket net.Conn) *redisConn {
+	c := &redisConn{
+		server:  server,
+		socket:  socket,
+		encoder: redis.NewConn(openSocket{socket}, 0, 0),
+		since:   time.Now(),
+		nonce:   rand.Text(),
+	}
+	c.replies.in = bufio.NewReaderSize(socket, 16<<10)
+	return c
+}
+
+// openSocket is a socket that redigo does not close when it cannot write: fail does, and knows why.
+type openSocket struct {
+	net.Conn
+}
+
+func (openSocket) Close() error { return nil }
+
 // send sends operations as a flush. Only one goroutine at a time may call it.
+//
+// There is no deadline for writing: when the one for reading passes, the socket is closed.
 func (c *redisConn) send(operations []*operation) {
-	c.flushed++
+	c.flushes++
 	f := &flush{
 		operations: operations,
-		nonce:      c.noncePrefix + strconv.Itoa(c.flushed),
+		refusals:   make([]string, len(operations)),
+		nonce:      c.nonce + strconv.Itoa(c.flushes),
 		deadline:   time.Now().Add(replyTimeout),
 	}
-	c.mu.Lock()
-	err := c.err
-	if err == nil {
-		c.inFlight = append(c.inFlight, f)
-	}
-	c.mu.Unlock()
-	if err != nil {
-		for _, op := range f.operations { // which were not sent
-			if c.sessions.enqueue(op) != nil {
-				op.finish(err)
-			}
+	if !c.begin(f) {
+		for _, op := range operations {
+			c.pipeline.add(op)
 		}
 		return
 	}
-	c.sessions.stats.flushes.Add(1)
-	if len(f.operations) > maxUnread {
-		c.changed.Signal()
+	c.pipeline.stats.flushes.Add(1)
+	for _, op := range operations {
+		op.send(c.encoder)
 	}
-	// If the connection is closed, whoever closed it fails it and knows why.
-	if err := c.write(f); err != nil && !errors.Is(err, net.ErrClosed) {
+	c.encoder.Send("ECHO", f.nonce)
+	if err := c.encoder.Flush(); err != nil {
 		c.fail(err, nil)
 	}
-	c.changed.Signal()
 }
 
-func (c *redisConn) write(f *flush) error {
-	c.link.socket.Conn.SetWriteDeadline(f.deadline)
+// begin puts a flush in flight. It is false when the connection has ended.
+func (c *redisConn) begin(f *flush) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return false
+	}
 	for _, op := range f.operations {
-		for _, cmd := range op.commands {
-			if err := c.link.Send(cmd.name, cmd.args...); err != nil {
-				return err
-			}
-		}
+		op.sends--
 	}
-	if err := c.link.Send("ECHO", f.nonce); err != nil {
-		return err
+	c.inFlight = append(c.inFlight, f)
+	if len(c.inFlight) == 1 {
+		c.socket.SetReadDeadline(f.deadline)
 	}
-	return c.link.Flush()
+	return true
 }
 
-// receive reads the replies to what was sent, flush after flush, until the connection ends.
+// receive reads the replies to what was sent, flush after flush, until the connection ends. It reads when
+// nothing is in flight, too, so a server that hangs up is noticed at once.
 func (c *redisConn) receive() {
 	for {
+		c.replies.kind()
 		f := c.oldest()
 		if f == nil {
-			c.link.Close()
+			c.replies.fail(errOutOfStep) // a reply that nobody has asked for
+		}
+		if c.replies.err != nil {
+			c.fail(c.replies.err, nil)
 			return
 		}
-		if culprit, err := c.receiveFlush(f); err != nil {
-			if errors.Is(err, net.ErrClosed) && c.link.Err() != nil {
-				err = c.link.Err() // for which redigo closed the connection
-			}
-			c.fail(err, culprit)
+		if culprit := c.receiveFlush(f); c.replies.err != nil {
+			c.fail(c.replies.err, culprit)
 			return
 		}
-		if !c.answered() {
-			return // fail has told each operation
+		if !c.end(f) {
+			return // fail has settled each operation
 		}
-		for i, op := range f.operations {
-			op.answer = f.answers[i]
-			op.conn = c
-			close(op.done)
-		}
+		c.deliver(f)
 	}
 }
 
-// oldest waits for a flush to be in flight and returns the oldest. It returns nil when the connection has
-// ended.
+// oldest returns the flush whose replies come next, nil if nothing is in flight.
 func (c *redisConn) oldest() *flush {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for len(c.inFlight) == 0 {
-		if c.err != nil || c.retired {
-			return nil
-		}
-		c.changed.Wait()
+	if len(c.inFlight) == 0 {
+		return nil
 	}
 	return c.inFlight[0]
 }
 
-// answered takes the oldest flush off what is in flight. It is false when the connection has failed.
-func (c *redisConn) answered() bool {
+// receiveFlush reads the replies to a flush and its proof. After an error of c.replies they are worth
+// nothing, and the culprit is the operation with a malformed reply or one too large.
+func (c *redisConn) receiveFlush(f *flush) (culprit *operation) {
+	for i, op := range f.operations {
+		c.replies.begin()
+		op.read(&c.replies)
+		if errors.Is(c.replies.err, errReplyShape) || errors.Is(c.replies.err, errReplySize) {
+			return op
+		}
+		f.refusals[i] = c.replies.refusal
+	}
+	c.replies.begin()
+	proof := string(c.replies.bulk())
+	if c.replies.refusal != "" {
+		c.replies.fail(&refusedError{c.server, c.replies.refusal})
+	} else if proof != f.nonce {
+		c.replies.fail(errOutOfStep)
+	}
+	return nil
+}
+
+// end takes the oldest flush out of flight. It is false when the connection has ended.
+func (c *redisConn) end(f *flush) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.err != nil {
 		return false
 	}
 	c.inFlight = c.inFlight[1:]
+	var deadline time.Time // none
+	if len(c.inFlight) > 0 {
+		deadline = c.inFlight[0].deadline
+	}
+	c.socket.SetReadDeadline(deadline)
 	return true
 }
 
-// receiveFlush reads the answers to f and proves them. After an error they are worth nothing; culprit is the
-// operation whose reply was too large.
-func (c *redisConn) receiveFlush(f *flush) (culprit *operation, err error) {
-	c.link.socket.Conn.SetReadDeadline(f.deadline)
-	c.link.socket.skipped = 0
-	f.answers = make([]answer, len(f.operations))
+// deliver finishes the operations of a flush that is proved. After a failover what was the primary takes no
+// writes, so the connection ends, and the next one finds the new primary.
+func (c *redisConn) deliver(f *flush) {
+	readOnly := false
 	for i, op := range f.operations {
-		err := c.receiveAnswer(op, &f.answers[i])
-		if errors.Is(err, errReplySize) {
-			return op, err
+		if text := f.refusals[i]; text != "" {
+			readOnly = readOnly || strings.HasPrefix(text, "READONLY")
+			op.finish(&refusedError{c.server, text})
+		} else {
+			op.finish(nil)
 		}
-		if err != nil {
-			return nil, err
-		}
 	}
-	proof, err := c.link.Receive()
-	if err != nil {
-		return nil, err
+	if readOnly && time.Since(c.since) > minAge {
+		c.fail(errNoPrimary, nil)
 	}
-	if nonce, ok := proof.([]byte); !ok || string(nonce) != f.nonce {
-		return nil, errOutOfStep
-	}
-	return nil, nil
 }
 
-func (c *redisConn) receiveAnswer(op *operation, a *answer) error {
-	for range op.commands {
-		reply, err := c.link.Receive()
-		refusal, refused := err.(redis.Error)
-		if err != nil && !refused {
-			return err
-		}
-		if refused && a.refusal == "" {
-			a.refusal = refusal
-		}
-		if strings.HasPrefix(string(refusal), "READONLY") { // it is no primary any more
-			c.sessions.mu.Lock()
-			c.sessions.startRenewal()
-			c.sessions.mu.Unlock()
-		}
-		a.reply = reply
-	}
-	return nil
-}
-
-// fail ends the connection. Every connection with something in flight ends here, and the first error wins.
-// All operations in flight are settled, except a culprit, which is not tried again.
+// fail ends the connection. Every connection ends here, and the first error wins. The culprit is not sent
+// again.
 func (c *redisConn) fail(err error, culprit *operation) {
 	c.mu.Lock()
-	if c.err == nil {
-		c.err = err
+	if c.err != nil {
+		c.mu.Unlock()
+		return
 	}
-	inFlight := c.inFlight
+	c.err = fmt.Errorf("%s: %w", c.server, err)
+	var inFlight []*operation
+	for _, f := range c.inFlight {
+		inFlight = append(inFlight, f.operations...)
+	}
 	c.inFlight = nil
 	c.mu.Unlock()
-	c.changed.Signal()
-	c.link.Close()
-	for _, f := range inFlight {
-		for _, op := range f.operations {
-			if op == culprit {
-				op.finish(err)
-			} else {
-				c.sessions.settle(op, err, culprit == nil)
-			}
-		}
+	closeNow(c.socket)
+	c.pipeline.lost(c, inFlight, culprit)
+}
+
+// ask sends a command and has its reply read, while the connection is made and nothing else is on its way.
+// What Redis refuses is an error of the stream then.
+func (c *redisConn) ask(read func(*replyReader), command string, args ...any) {
+	if c.replies.err != nil {
+		return // an earlier command failed
+	}
+	c.encoder.Send(command, args...)
+	c.replies.begin()
+	c.replies.fail(c.encoder.Flush())
+	read(&c.replies)
+	err := c.replies.err
+	if c.replies.refusal != "" {
+		err = &refusedError{c.server, c.replies.refusal}
+	}
+	if err != nil {
+		c.replies.err = fmt.Errorf("%s: %w", command, err)
 	}
 }
 
-func (c *redisConn) failed() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.err != nil
+// closeNow closes a socket without waiting until TLS has said goodbye.
+func closeNow(socket net.Conn) {
+	if conn, ok := socket.(*tls.Conn); ok {
+		socket = conn.NetConn()
+	}
+	socket.Close()
 }
 
-// retire ends the connection when all that is in flight is answered.
-func (c *redisConn) retire() {
-	c.mu.Lock()
-	c.retired = true
-	c.mu.Unlock()
-	c.changed.Signal()
+// replyReader reads replies of RESP 2, https://redis.io/docs/latest/develop/reference/protocol-spec/. Each
+// method reads one reply. Two errors stay until they are looked at: what Redis refused, which is the trouble
+// of one operation, and what is wrong with the stream. (redigo's reader allocates whatever a reply announces.)
+type replyReader struct {
+	in      *bufio.Reader
+	budget  int    // bytes that may still be read for this operation
+	refusal string // the first error that Redis answered to this operation, "" for none
+	err     error  // the connection is worth nothing any more; no method reads after it
 }
 
-// decodeCreated reads EXEC's reply: what HSET and EXPIRE answered. redigo takes errors within it for values.
-func decodeCreated(reply any) error {
-	results, ok := reply.([]any)
-	if !ok || len(results) != 2 {
-		return errReplyShape
-	}
-	for _, result := range results {
-		switch result := result.(type) {
-		case redis.Error:
-			return unavailable(result)
-		case int64:
-		default:
-			return errReplyShape
-		}
-	}
-	if results[1] != any(int64(1)) {
-		return fmt.Errorf("%w: EXPIRE answered %d", errRefused, results[1])
-	}
-	return nil
+// begin begins the replies to an operation.
+func (r *replyReader) begin() {
+	r.budget = maxReply
+	r.refusal = ""
 }
 
-// decodeUser reads HGETALL's reply. A hash without an id is errNoSession, what is no hash errReplyShape,
-// and one too large for a session errUnavailable.
-func decodeUser(reply any) (User, error) {
-	fields, ok := reply.([]any)
-	if !ok || len(fields)%2 != 0 {
-		return User{}, errReplyShape
+// ok tells whether neither error has come.
+func (r *replyReader) ok() bool { return r.err == nil && r.refusal == "" }
+
+// fail notes an error of the stream, if it is one. The first one stays.
+func (r *replyReader) fail(err error) {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		err = errHungUp
 	}
-	var user User
-	var createdAt, updatedAt, updateAt string
-	for i := 0; i < len(fields); i += 2 {
-		name, isName := fields[i].([]byte)
-		value, isValue := fields[i+1].([]byte)
-		if fields[i] == any(tooLarge) || fields[i+1] == any(tooLarge) {
-			return User{}, unavailable(errReplySize)
-		}
-		if !isName || !isValue {
-			return User{}, errReplyShape
-		}
-		switch string(name) {
-		case "id":
-			user.ID = string(value)
-		case "name":
-			user.Name = string(value)
-		case "email":
-			user.Email = string(value)
-		case "createdAt":
-			createdAt = string(value)
-		case "updatedAt":
-			updatedAt = string(value)
-		case "updateAt": // the original's
-			updateAt = string(value)
-		}
+	if r.err == nil {
+		r.err = err
 	}
-	if user.ID == "" {
-		return User{}, errNoSession
-	}
-	user.CreatedAt, user.UpdatedAt = userTimes(parseSessionTime, createdAt, updatedAt, updateAt)
-	return user, nil
 }
 
-// redisTarget is where sessions are: one Redis, or the primary that sentinels know by name.
+// kind waits for a reply and returns its first byte, which stays unread.
+func (r *replyReader) kind() byte {
+	first, err := r.in.Peek(1)
+	r.fail(err)
+	if r.err != nil {
+		return 0
+	}
+	return first[0]
+}
+
+// line reads the first line of a reply of the given kind and returns what follows the kind. It is nil if
+// Redis refused. The next read overwrites it.
+func (r *replyReader) line(kind byte) []byte {
+	if r.err != nil {
+		return nil
+	}
+	line, err := r.in.ReadSlice('\n')
+	if errors.Is(err, bufio.ErrBufferFull) {
+		err = errReplySize
+	}
+	text, whole := bytes.CutSuffix(line, []byte("\r\n"))
+	if err == nil && (!whole || len(text) == 0 || text[0] != kind && text[0] != '-') {
+		err = errReplyShape
+	}
+	r.fail(err)
+	if !r.spend(len(line)) {
+		return nil
+	}
+	if text[0] == '-' && r.refusal == "" {
+		r.refusal = string(text[1:])
+	}
+	if text[0] != kind {
+		return nil
+	}
+	return text[1:]
+}
+
+// spend takes n bytes out of the budget. It is false after an error of the stream, such as too many bytes.
+func (r *replyReader) spend(n int) bool {
+	if n > r.budget {
+		r.fail(errReplySize)
+	}
+	r.budget -= n
+	return r.err == nil
+}
+
+// number reads an integer (':'), or the number that begins an array ('*') or a bulk string ('$'). Null, a
+// refusal and an error of the stream are -1.
+func (r *replyReader) number(kind byte) int {
+	line := r.line(kind)
+	if line == nil {
+		return -1
+	}
+	n, err := strconv.Atoi(string(line))
+	if err != nil || n < -1 {
+		r.fail(errReplyShape)
+		return -1
+	}
+	return n
+}
+
+// array reads the beginning of an array, which has to have this many elements. It is false if Redis refused
+// or the stream failed.
+func (r *replyReader) array(elements int) bool {
+	n := r.number('*')
+	if n != elements && r.ok() {
+		r.fail(errReplyShape)
+	}
+	return n == elements
+}
+
+// status reads a status, which has to be this one.
+func (r *replyReader) status(text string) {
+	if line := r.line('+'); line != nil && string(line) != text {
+		r.fail(errReplyShape)
+	}
+}
+
+// bulk returns a bulk string, which the next read overwrites. Null is nil.
+func (r *replyReader) bulk() []byte {
+	n := r.number('$')
+	if n < 0 || !r.spend(n) {
+		return nil
+	}
+	n += len("\r\n")
+	text, err := r.in.Peek(n)
+	if errors.Is(err, bufio.ErrBufferFull) {
+		text = make([]byte, n)
+		_, err = io.ReadFull(r.in, text)
+	} else if err == nil {
+		_, err = r.in.Discard(n)
+	}
+	r.fail(err)
+	if r.err != nil {
+		return nil
+	}
+	return text[:n-len("\r\n")]
+}
+
+// skip reads a reply of any kind.
+func (r *replyReader) skip() {
+	switch kind := r.kind(); kind {
+	case '$':
+		if n := r.number('$'); n >= 0 && r.spend(n) {
+			_, err := r.in.Discard(n + len("\r\n"))
+			r.fail(err)
+		}
+	case '*':
+		for n := r.number('*'); n > 0 && r.err == nil; n-- {
+			r.skip()
+		}
+	case '+', '-', ':':
+		r.line(kind)
+	default:
+		r.fail(errReplyShape)
+	}
+}
+
+// redisTarget is where sessions are, as REDIS_URL says it.
 type redisTarget struct {
 	scheme   string   // redis, rediss or redis-sentinel
-	addrs    []string // host:port of the Redis, or of each sentinel
+	addrs    []string // host:port of each server, or of each sentinel
 	primary  string   // its name, "" without sentinels
-	user     string   // with an empty password too: no login
+	user     string   // "" for the default user; without a password too there is no login
 	password string
 	database int
-
-	sentinel atomic.Int32 // the index of the one to ask first
 }
 
-const redisURLForms = "redis://[[user]:password@]host[:port][/database], rediss://… the same over TLS, " +
-	"or redis-sentinel://[[user]:password@]host[:port][,host[:port]…]/primary[/database], " +
+const redisURLForms = "redis://[[user]:password@]host[:port][,host[:port]…][/database], " +
+	"rediss://… the same over TLS, or redis-sentinel://[[user]:password@]host[:port][,host[:port]…]/primary[/database], " +
 	"with special characters percent-encoded"
 
 // parseRedisURL reads a URL of one of redisURLForms. Its errors tell nothing of the text: it may hold a
@@ -832,9 +1272,6 @@ func parseRedisURL(text string) (*redisTarget, error) {
 	t := &redisTarget{scheme: scheme}
 	if err := t.parseAuthority(authority); err != nil {
 		return nil, err
-	}
-	if len(t.addrs) > 1 && !sentinels {
-		return nil, errors.New("only redis-sentinel:// takes several hosts")
 	}
 	database := path
 	if sentinels {
@@ -916,262 +1353,135 @@ func (t *redisTarget) String() string {
 	return text
 }
 
-// redisLink is a connection of redigo and the socket under it.
-type redisLink struct {
-	redis.Conn
-	socket *guardedSocket
-}
-
-// dial connects to Redis until ctx ends. Sentinels are asked in turn at every dial, so that a failover asks
-// for nothing else.
-func (t *redisTarget) dial(ctx context.Context) (*redisLink, error) {
-	if t.primary == "" {
-		return t.dialServer(ctx, t.addrs[0])
-	}
+// dial connects to the server of the first address that answers, beginning with the one at index first. The
+// time that ctx leaves is shared out among the addresses.
+func (t *redisTarget) dial(ctx context.Context, addrs []string, first int) (*redisConn, error) {
 	var errs []error
-	first := int(t.sentinel.Load())
-	for i := range t.addrs {
-		next := (first + i) % len(t.addrs)
-		t.sentinel.Store(int32(next))
-		if ctx.Err() != nil {
-			errs = append(errs, ctx.Err())
-			break // the next dial begins here
-		}
-		link, err := t.dialPrimary(ctx, t.addrs[next])
+	for i := range addrs {
+		addr := addrs[(first+i)%len(addrs)]
+		conn, err := t.dialWithin(ctx, addr, len(addrs)-i)
 		if err == nil {
-			return link, nil
+			return conn, nil
 		}
-		errs = append(errs, fmt.Errorf("sentinel %s: %w", t.addrs[next], err))
+		errs = append(errs, err)
 	}
 	return nil, errors.Join(errs...)
 }
 
-// dialPrimary connects to the primary that one sentinel names. A sentinel that has not yet heard of a
-// failover names the old one, which then says in its ROLE that it is a replica.
-func (t *redisTarget) dialPrimary(ctx context.Context, sentinel string) (*redisLink, error) {
-	ctx, cancel := context.WithTimeout(ctx, sentinelTimeout)
+// dialWithin connects to a server, or to the primary that a sentinel knows, in one of several equal shares of
+// the time that ctx leaves.
+func (t *redisTarget) dialWithin(ctx context.Context, addr string, shares int) (*redisConn, error) {
+	deadline, _ := ctx.Deadline()
+	timeout := time.Until(deadline) / time.Duration(shares)
+	if t.primary == "" {
+		ctx, cancel := context.WithTimeout(ctx, timeout)
+		defer cancel()
+		return t.dialServer(ctx, addr)
+	}
+	ctx, cancel := context.WithTimeout(ctx, min(timeout, sentinelTimeout))
 	defer cancel()
-	addr, err := t.askSentinel(ctx, sentinel)
+	server, err := t.askSentinel(ctx, addr, "")
+	if isRefusal(err, "NOAUTH") && t.password != "" {
+		server, err = t.askSentinel(ctx, addr, t.password)
+	}
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("sentinel %w", err)
 	}
-	link, err := t.dialServer(ctx, addr)
+	conn, err := t.dialServer(ctx, server)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("sentinel %s: %w", addr, err)
 	}
-	role, err := redis.Values(link.Do("ROLE"))
-	if err != nil {
-		link.Close()
-		return nil, fmt.Errorf("asking %s for its role: %w", addr, err)
-	}
-	if len(role) == 0 || fmt.Sprintf("%s", role[0]) != "master" {
-		link.Close()
-		return nil, fmt.Errorf("%s is no primary", addr)
-	}
-	return link, nil
+	return conn, nil
 }
 
-// askSentinel returns the address of the primary. A sentinel that asks for a password gets the primary's.
-func (t *redisTarget) askSentinel(ctx context.Context, sentinel string) (string, error) {
-	link, err := t.connect(ctx, sentinel)
+// dialServer connects to a server, logs in, selects the database and has it answer an ECHO. Behind sentinels
+// it asks for the ROLE too: one that has not yet heard of a failover names the old primary.
+func (t *redisTarget) dialServer(ctx context.Context, addr string) (*redisConn, error) {
+	return t.connect(ctx, addr, func(conn *redisConn) {
+		if t.user != "" {
+			conn.ask(isOK, "AUTH", t.user, t.password)
+		} else if t.password != "" {
+			conn.ask(isOK, "AUTH", t.password)
+		}
+		if t.database != 0 {
+			conn.ask(isOK, "SELECT", t.database)
+		}
+		if t.primary != "" {
+			conn.ask(isPrimary, "ROLE")
+		}
+		conn.ask(func(r *replyReader) {
+			if echo := string(r.bulk()); echo != conn.nonce && r.ok() {
+				r.fail(errOutOfStep)
+			}
+		}, "ECHO", conn.nonce)
+	})
+}
+
+func isOK(r *replyReader) { r.status("OK") }
+
+// isPrimary reads ROLE's answer: an array that begins with the role.
+func isPrimary(r *replyReader) {
+	n := r.number('*')
+	if n < 1 {
+		r.fail(errReplyShape)
+		return
+	}
+	if string(r.bulk()) != "master" {
+		r.fail(errNoPrimary)
+	}
+	for ; n > 1 && r.err == nil; n-- {
+		r.skip()
+	}
+}
+
+// askSentinel returns the address of the primary. Without a password the sentinel gets none.
+func (t *redisTarget) askSentinel(ctx context.Context, sentinel, password string) (addr string, err error) {
+	conn, err := t.connect(ctx, sentinel, func(conn *redisConn) {
+		if password != "" {
+			conn.ask(isOK, "AUTH", password)
+		}
+		conn.ask(func(r *replyReader) {
+			switch r.number('*') {
+			case -1:
+				r.fail(fmt.Errorf("knows no primary %q", t.primary))
+			case 2:
+				host := string(r.bulk())
+				port := string(r.bulk())
+				addr = net.JoinHostPort(host, port)
+			default:
+				r.fail(errReplyShape)
+			}
+		}, "SENTINEL", "get-master-addr-by-name", t.primary)
+	})
 	if err != nil {
 		return "", err
 	}
-	defer link.Close()
-	const name = "get-master-addr-by-name"
-	reply, err := link.Do("SENTINEL", name, t.primary)
-	refusal, _ := err.(redis.Error)
-	if strings.HasPrefix(string(refusal), "NOAUTH") && t.password != "" {
-		if _, err := link.Do("AUTH", t.password); err != nil {
-			return "", err
-		}
-		reply, err = link.Do("SENTINEL", name, t.primary)
-	}
-	addr, err := redis.Strings(reply, err)
-	if errors.Is(err, redis.ErrNil) {
-		return "", fmt.Errorf("knows no primary %q", t.primary)
-	}
-	if err != nil {
-		return "", err
-	}
-	if len(addr) != 2 {
-		return "", errReplyShape
-	}
-	return net.JoinHostPort(addr[0], addr[1]), nil
+	closeNow(conn.socket)
+	return addr, nil
 }
 
-// dialServer connects to a Redis, logs in and selects the database.
-func (t *redisTarget) dialServer(ctx context.Context, addr string) (*redisLink, error) {
-	link, err := t.connect(ctx, addr)
-	if err != nil {
-		return nil, err
-	}
-	if err := t.logIn(link); err != nil {
-		link.Close()
-		return nil, fmt.Errorf("logging in at %s: %w", addr, err)
-	}
-	return link, nil
-}
-
-func (t *redisTarget) logIn(link *redisLink) error {
-	if t.user != "" || t.password != "" {
-		login := []any{t.user, t.password}
-		if t.user == "" {
-			login = login[1:]
-		}
-		if _, err := link.Do("AUTH", login...); err != nil {
-			return err
-		}
-	}
-	if t.database != 0 {
-		if _, err := link.Do("SELECT", t.database); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// connect opens a connection whose reads and writes fail when ctx's deadline has passed.
-func (t *redisTarget) connect(ctx context.Context, addr string) (*redisLink, error) {
+// connect opens a connection and has greet talk to the server, until ctx ends.
+func (t *redisTarget) connect(
+	ctx context.Context, addr string, greet func(*redisConn),
+) (*redisConn, error) {
 	dial := new(net.Dialer).DialContext
 	if t.scheme == "rediss" {
 		dial = new(tls.Dialer).DialContext
 	}
-	conn, err := dial(ctx, "tcp", addr)
+	socket, err := dial(ctx, "tcp", addr)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%s: %w", addr, err)
 	}
-	deadline, _ := ctx.Deadline()
-	conn.SetDeadline(deadline)
-	socket := &guardedSocket{Conn: conn, maxDepth: maxRoleDepth}
-	return &redisLink{redis.NewConn(socket, 0, 0), socket}, nil
-}
-
-// The largest reply that a session can need. The original takes bodies of 100 kB.
-const (
-	maxBulkString    = 256 << 10 // bytes
-	maxSkipped       = 4 << 20   // bytes of larger ones thrown away in a flush; past it the connection ends
-	maxArrayElements = 64        // of a hash: half of them fields
-	maxRoleDepth     = 3         // of arrays in ROLE's reply
-	maxLineLength    = 4 << 10   // bytes
-)
-
-// tooLarge stands in the place of a bulk string that is larger than maxBulkString.
-const tooLarge = redis.Error("TOOLARGE")
-
-// guardedSocket checks what Redis announces before redigo believes it: redigo allocates whatever a "$" or "*"
-// line says and descends into arrays without bound, so that one line of garbage could end the process.
-type guardedSocket struct {
-	net.Conn
-	maxDepth int          // of arrays
-	buffer   []byte       // what is read at a time
-	checked  bytes.Buffer // what redigo may read
-	line     []byte       // the beginning of a line whose end is still to come
-	bulk     int          // bytes still to come of a bulk string, its line break included
-	skip     bool         // that bulk string is too large
-	skipped  int          // bytes of such strings in this flush
-	open     []int        // elements still to come of each array that has begun, the outermost first
-	err      error        // what comes after checked
-}
-
-// SetReadDeadline does nothing: redigo calls it for every reply, and a flush has its deadline already.
-func (g *guardedSocket) SetReadDeadline(time.Time) error { return nil }
-
-// Close does not wait until TLS has said goodbye.
-func (g *guardedSocket) Close() error {
-	if conn, ok := g.Conn.(*tls.Conn); ok {
-		return conn.NetConn().Close()
+	past := time.Unix(1, 0)
+	stop := context.AfterFunc(ctx, func() { socket.SetDeadline(past) })
+	conn := newRedisConn(addr, socket)
+	greet(conn)
+	if !stop() {
+		conn.replies.fail(ctx.Err())
 	}
-	return g.Conn.Close()
-}
-
-// Read first returns the bytes before a refused line. So the error meets the operation whose reply was
-// refused.
-func (g *guardedSocket) Read(p []byte) (int, error) {
-	if g.buffer == nil {
-		g.buffer = make([]byte, 16<<10)
+	if err := conn.replies.err; err != nil {
+		closeNow(socket)
+		return nil, fmt.Errorf("%s: %w", addr, err)
 	}
-	for g.checked.Len() == 0 {
-		if g.err != nil {
-			return 0, g.err
-		}
-		n, err := g.Conn.Read(g.buffer)
-		g.err = g.check(g.buffer[:n])
-		if g.err == nil {
-			g.err = err
-		}
-	}
-	return g.checked.Read(p)
-}
-
-// check adds to g.checked what redigo may read of b.
-func (g *guardedSocket) check(b []byte) error {
-	for len(b) > 0 {
-		if g.bulk > 0 {
-			n := min(g.bulk, len(b))
-			if !g.skip {
-				g.checked.Write(b[:n])
-			}
-			g.bulk -= n
-			b = b[n:]
-			continue
-		}
-		end := bytes.IndexByte(b, '\n') + 1
-		n := end
-		if end == 0 {
-			n = len(b)
-		}
-		g.line = append(g.line, b[:n]...)
-		b = b[n:]
-		if len(g.line) > maxLineLength {
-			return errReplySize
-		}
-		if end == 0 {
-			return nil
-		}
-		if err := g.checkLine(); err != nil {
-			return err
-		}
-		g.line = g.line[:0]
-	}
-	return nil
-}
-
-// checkLine follows a line of RESP 2, https://redis.io/docs/latest/develop/reference/protocol-spec/. redigo
-// refuses all else that is malformed.
-func (g *guardedSocket) checkLine() error {
-	for len(g.open) > 0 && g.open[len(g.open)-1] == 0 {
-		g.open = g.open[:len(g.open)-1]
-	}
-	if len(g.open) > 0 {
-		g.open[len(g.open)-1]--
-	}
-	if g.line[0] != '$' && g.line[0] != '*' {
-		g.checked.Write(g.line)
-		return nil
-	}
-	n, err := strconv.Atoi(string(bytes.TrimSpace(g.line[1:])))
-	if err != nil {
-		return errReplySize // too many digits, if digits at all
-	}
-	g.skip = false
-	switch {
-	case n < 0: // null: nothing follows
-	case g.line[0] == '$' && n <= maxBulkString:
-		g.bulk = n + len("\r\n")
-	case g.line[0] == '$' && n <= maxSkipped-g.skipped:
-		g.bulk = n + len("\r\n")
-		g.skip = true
-		g.skipped += n
-	case g.line[0] == '*' && n <= maxArrayElements && len(g.open) < g.maxDepth:
-		g.open = append(g.open, n)
-	default:
-		return errReplySize
-	}
-	if g.skip {
-		g.checked.WriteString("-" + string(tooLarge) + "\r\n")
-	} else {
-		g.checked.Write(g.line)
-	}
-	return nil
+	return conn, nil
 }
