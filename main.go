@@ -22,7 +22,6 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -323,127 +322,6 @@ func trySession(ctx context.Context, sessions SessionStore, log *slog.Logger) {
 	}
 }
 
-// listener accepts clients' connections.
-type listener struct {
-	net.Listener
-	repeats *repeats
-}
-
-// Accept logs its errors as warnings, such as too many open files. net/http tells only its ErrorLog, and
-// tries again.
-func (l *listener) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		if !errors.Is(err, net.ErrClosed) {
-			l.repeats.log(slog.LevelWarn, "cannot accept connections", "err", err)
-		}
-		return nil, err
-	}
-	return newClientConn(conn), nil
-}
-
-// clientConn is a client's connection that spares lookups two costs of net/http: its watch and its
-// deadlines.
-//
-// The watch: while a handler runs, net/http reads the next byte in a goroutine of its own, to notice a
-// client that hangs up. That could not end a lookup any sooner, so for GET there is nothing to read.
-// Sign-ins keep the watch. It can guess wrong (a body that begins with "GET ", pipelining): then a client
-// that has left is noticed when it is answered.
-//
-// The deadlines: net/http moves them seven times a request, each time a change of the runtime's timers.
-// Here the socket keeps an earlier deadline for reading than was asked for; only when it passes is it moved
-// to where it should be. The one for writing may be a second early.
-type clientConn struct {
-	net.Conn
-	get  bool // the last Read began with "GET ", and its request has not been watched yet
-	read deadline
-
-	writeBy time.Time // the socket's deadline for writing
-}
-
-func newClientConn(conn net.Conn) *clientConn {
-	return &clientConn{Conn: conn, read: deadline{set: conn.SetReadDeadline}}
-}
-
-// Read returns no byte and no error to the watch, which reads a single byte, once. Whoever else reads a
-// single byte (net/http's buffer, when it is full but for that) tries again and gets it.
-func (c *clientConn) Read(p []byte) (int, error) {
-	if len(p) == 1 && c.get {
-		c.get = false
-		return 0, nil
-	}
-	n, err := c.Conn.Read(p)
-	for n == 0 && c.read.early(err) {
-		n, err = c.Conn.Read(p)
-	}
-	c.get = strings.HasPrefix(string(p[:min(n, 4)]), "GET ")
-	return n, err
-}
-
-func (c *clientConn) SetReadDeadline(t time.Time) error { return c.read.move(t) }
-
-// SetWriteDeadline leaves a deadline that is less than a second earlier, and the last one behind an answer,
-// when nothing is written.
-func (c *clientConn) SetWriteDeadline(t time.Time) error {
-	later := t.Sub(c.writeBy)
-	if t.IsZero() || later >= 0 && later < time.Second {
-		return nil
-	}
-	c.writeBy = t
-	return c.Conn.SetWriteDeadline(t)
-}
-
-func (c *clientConn) SetDeadline(t time.Time) error {
-	if err := c.read.move(t); err != nil {
-		return err
-	}
-	c.writeBy = t
-	return c.Conn.SetWriteDeadline(t)
-}
-
-// CloseWrite lets net/http end an answer before it has read the whole request.
-func (c *clientConn) CloseWrite() error {
-	if conn, ok := c.Conn.(interface{ CloseWrite() error }); ok {
-		return conn.CloseWrite()
-	}
-	return nil
-}
-
-// deadline is a connection's, moved lazily. The zero time is none.
-type deadline struct {
-	set    func(time.Time) error // moves the socket's
-	mu     sync.Mutex
-	wanted time.Time
-	actual time.Time // the socket's: wanted or an earlier one; when it fires, early moves it
-}
-
-// move sets the deadline. A later one than the socket's is only noted, and early applies it.
-func (d *deadline) move(t time.Time) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.wanted = t
-	if !d.actual.IsZero() && (t.IsZero() || !t.Before(d.actual)) {
-		return nil
-	}
-	d.actual = t
-	return d.set(t)
-}
-
-// early tells whether err says that the socket's deadline passed although the one that is wanted has not, and
-// then moves the socket's there.
-func (d *deadline) early(err error) bool {
-	if !errors.Is(err, os.ErrDeadlineExceeded) {
-		return false
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if !d.wanted.IsZero() && !time.Now().Before(d.wanted) {
-		return false
-	}
-	d.actual = d.wanted
-	return d.set(d.wanted) == nil
-}
-
 // serveHTTP serves until ctx ends, then drains. The requests' contexts are not ctx's children: draining
 // must finish what runs, not cancel it.
 func serveHTTP(ctx context.Context, listener net.Listener, s *server, log *slog.Logger) error {
@@ -519,6 +397,54 @@ func checkHealth(addr string) error {
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
 		return errors.New("healthz: " + resp.Status)
+	}
+	return nil
+}
+
+// listener accepts clients' connections.
+type listener struct {
+	net.Listener
+	repeats *repeats
+}
+
+// Accept logs its errors as warnings, such as too many open files. net/http tells only its ErrorLog, and
+// tries again.
+func (l *listener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		if !errors.Is(err, net.ErrClosed) {
+			l.repeats.log(slog.LevelWarn, "cannot accept connections", "err", err)
+		}
+		return nil, err
+	}
+	return &clientConn{Conn: conn}, nil
+}
+
+// clientConn spares lookups the watch of net/http. While a handler runs, net/http reads the next byte in a
+// goroutine of its own, to notice a client that hangs up. A lookup is over before that could end it sooner.
+// Sign-ins keep the watch.
+type clientConn struct {
+	net.Conn
+	get bool // the last Read began with "GET "
+}
+
+// Read answers the watch of a GET with nothing, once: the watch reads a single byte. A Read of net/http's
+// buffer that has room for one byte only is repeated, and gets it. A request whose body begins with "GET "
+// loses its watch: a client that has left is then noticed when it is answered.
+func (c *clientConn) Read(p []byte) (int, error) {
+	if c.get && len(p) == 1 {
+		c.get = false
+		return 0, nil
+	}
+	n, err := c.Conn.Read(p)
+	c.get = strings.HasPrefix(string(p[:min(n, 4)]), "GET ")
+	return n, err
+}
+
+// CloseWrite lets net/http end an answer before it has read the whole request.
+func (c *clientConn) CloseWrite() error {
+	if conn, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return conn.CloseWrite()
 	}
 	return nil
 }

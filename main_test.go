@@ -1555,62 +1555,6 @@ func TestClientsHaveTheirTime(t *testing.T) {
 	}
 }
 
-func TestDeadlinesHoldHoweverTheyAreMoved(t *testing.T) {
-	const none = 1e6 // no deadline, or a call that never fails; all others are seconds from the call's beginning
-	for name, tt := range map[string]struct {
-		before []int // what is set before the call
-		during int   // what is set 2 s into it, 0: nothing
-		fails  int   // when the call does
-	}{
-		"put off, then less":                 {before: []int{1, 5, 3}, fails: 3},
-		"brought forward":                    {before: []int{3, 1}, fails: 1},
-		"taken away":                         {before: []int{1, none}, fails: none},
-		"past":                               {before: []int{3, -1}, fails: 0},
-		"past, then put off":                 {before: []int{-1, 2}, fails: 2},
-		"first set during the call":          {during: 3, fails: 3},
-		"put off during the call":            {before: []int{3}, during: 5, fails: 5},
-		"put off, then less during the call": {before: []int{1, 5}, during: 3, fails: 3},
-		"past during the call":               {before: []int{3}, during: -1, fails: 2},
-		"taken away during the call":         {before: []int{3}, during: none, fails: none},
-		"set again during the call":          {before: []int{4, none}, during: 3, fails: 3},
-	} {
-		for _, call := range []string{"Read", "Read of both", "Write of both"} {
-			synctest.Test(t, func(t *testing.T) {
-				peer, socket := net.Pipe()
-				defer peer.Close()
-				conn := newClientConn(socket)
-				set, do, help := conn.SetDeadline, conn.Read, peer.Write // help lets the call succeed
-				if call == "Read" {
-					set = conn.SetReadDeadline
-				}
-				if call == "Write of both" {
-					do, help = conn.Write, peer.Read
-				}
-				begin := time.Now()
-				move := func(seconds int) {
-					if seconds == none {
-						set(time.Time{})
-						return
-					}
-					set(begin.Add(time.Duration(seconds) * time.Second))
-				}
-				for _, seconds := range tt.before {
-					move(seconds)
-				}
-				if tt.during != 0 {
-					time.AfterFunc(2*time.Second, func() { move(tt.during) })
-				}
-				time.AfterFunc(none*time.Second, func() { help(make([]byte, 8)) })
-				_, err := do(make([]byte, 8))
-				after := int(time.Since(begin) / time.Second)
-				if after != tt.fails || errors.Is(err, os.ErrDeadlineExceeded) != (tt.fails != none) {
-					t.Errorf("%s, deadline %s: %v after %d s, want %d", call, name, err, after, tt.fails)
-				}
-			})
-		}
-	}
-}
-
 // The watch of net/http is seen by whether it takes a byte while the handler runs.
 func TestTheWatchIsSparedForLookupsAndKeptForSignIns(t *testing.T) {
 	lookup := httpText("GET /user", "", cookie(newUUID()))
