@@ -398,8 +398,12 @@ func (s *server) signOut(w http.ResponseWriter, r *http.Request) (int, any, erro
 	return http.StatusNoContent, nil, nil
 }
 
-// health asks both stores at the same time, so that two slow ones still answer within storeTimeout.
+// health asks both stores at the same time, so that two slow ones still answer within storeTimeout. A service
+// that drains is not well: a balancer shall leave it.
 func (s *server) health(w http.ResponseWriter, r *http.Request) (int, any, error) {
+	if s.draining.Load() {
+		return 0, nil, retryLater(http.StatusServiceUnavailable, time.Second, "The service is about to stop.")
+	}
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
 	sessions := make(chan error, 1)
