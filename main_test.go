@@ -923,7 +923,7 @@ func openSQL(t testing.TB, path string) *sql.DB {
 
 func openTestDatabase(t testing.TB) *database {
 	t.Helper()
-	db, err := openDatabase(filepath.Join(t.TempDir(), "users.db"))
+	db, err := openDatabase(t.Context(), filepath.Join(t.TempDir(), "users.db"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1040,16 +1040,22 @@ func rounds(short, whenLong int) int {
 // ---------------------------------------------------------------------------------------------------
 // main.go
 
-// runWith runs the program with the given variables. Should it serve, it stops at once.
+// runWith runs the program with the given variables. Should it serve, it is told to stop at its first line.
 func runWith(t *testing.T, args []string, vars ...string) (status int, stdout, stderr string) {
 	t.Helper()
 	env := environ(t, vars)
 	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
+	defer cancel()
 	var out, log logBuffer
-	status = run(ctx, args, func(name string) string { return env[name] }, &out, &log)
+	stopping := writerFunc(func(line []byte) (int, error) { cancel(); return log.Write(line) })
+	status = run(ctx, args, func(name string) string { return env[name] }, &out, stopping)
 	return status, out.String(), log.String()
 }
+
+// writerFunc is an io.Writer in a function.
+type writerFunc func([]byte) (int, error)
+
+func (w writerFunc) Write(p []byte) (int, error) { return w(p) }
 
 func TestWrongConfigurationIsRefused(t *testing.T) {
 	var first []string // wrong value of each row
@@ -2110,7 +2116,7 @@ func newInsider(t testing.TB, bcryptSlots, bcryptCost int) *insider {
 		sessions: &fragileSessions{newMapSessions(), func() error { return nil }},
 		bcrypt:   &bcryptWatch{before: func(string) {}},
 	}
-	db, err := openDatabase(path)
+	db, err := openDatabase(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -4372,7 +4378,7 @@ func TestWhatAnEmailMeans(t *testing.T) {
 	stored := []string{"Grace@Example.com", "GRACE@example.com", "Ada@Example.com", "ada@example.com", " Bob@example.com",
 		"bob@example.com", "Old@Example.com", "ÄÖ@example.com", " padded@example.com ", "not an address"}
 	s := start(t, "DB_PATH="+originalFile(t, originalDDL, stored...).dbPath)
-	db, err := openDatabase(s.dbPath)
+	db, err := openDatabase(t.Context(), s.dbPath)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -4683,7 +4689,7 @@ func TestEveryConnectionHasThePragmas(t *testing.T) {
 func TestOneWriterAtATime(t *testing.T) {
 	t.Parallel()
 	file := originalFile(t, originalDDL)
-	db, err := openDatabase(file.dbPath)
+	db, err := openDatabase(t.Context(), file.dbPath)
 	if err != nil {
 		t.Fatal(err)
 	}

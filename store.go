@@ -54,7 +54,7 @@ type database struct {
 // openDatabase opens the file at path and applies the schema. A missing file is created, readable to its
 // owner only. A file whose tables are another program's is left as it was, and the error names table and
 // column.
-func openDatabase(path string) (*database, error) {
+func openDatabase(ctx context.Context, path string) (*database, error) {
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
@@ -65,7 +65,7 @@ func openDatabase(path string) (*database, error) {
 	escaped := (&url.URL{Path: filepath.ToSlash(filepath.Clean(path))}).EscapedPath()
 	name := "file:" + escaped + "?_pragma=synchronous(FULL)&_pragma=foreign_keys(1)" +
 		"&_pragma=temp_store(MEMORY)&_txlock=immediate"
-	if err := setUp(path, name); err != nil {
+	if err := setUpInTime(ctx, path, name); err != nil {
 		return nil, err
 	}
 	name += "&_pragma=busy_timeout(1500)&_pragma=journal_mode(WAL)"
@@ -85,15 +85,28 @@ func openDatabase(path string) (*database, error) {
 	return db, nil
 }
 
+// setUpInTime sets up a file that others may be writing to. SQLite's own waiting for them does not heed ctx.
+func setUpInTime(ctx context.Context, path, name string) error {
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		err := setUp(path, name)
+		if err == nil || !errors.Is(storeError("", err), errRefused) || time.Now().After(deadline) {
+			return err
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+}
+
 // setUp checks whose tables the file has, applies the schema and makes the file a WAL database. A file of
-// another program is left as it was. One that others are writing to is waited for.
+// another program is left as it was.
 func setUp(path, name string) error {
 	if _, err := os.Stat(path + "-wal"); err == nil {
 		if err := checkReadOnly(name); errors.Is(err, errForeignTable) {
 			return err // other errors recur below
 		}
 	}
-	db, err := sql.Open("sqlite", name+"&_pragma=busy_timeout(10000)")
+	db, err := sql.Open("sqlite", name+"&_pragma=busy_timeout(100)")
 	if err != nil {
 		return err
 	}
@@ -104,13 +117,8 @@ func setUp(path, name string) error {
 	if _, err := db.Exec(schema); err != nil {
 		return fmt.Errorf("applying the schema: %w", err)
 	}
-	// SQLite does not wait here, whatever its busy_timeout.
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		_, err := db.Exec(`PRAGMA journal_mode(WAL)`)
-		if err == nil || !errors.Is(storeError("", err), errRefused) || time.Now().After(deadline) {
-			return err
-		}
-	}
+	_, err = db.Exec(`PRAGMA journal_mode(WAL)`)
+	return err
 }
 
 // checkReadOnly is checkTables without writing a write-ahead log back, which may be another program's.
