@@ -20,10 +20,12 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 
 	"golang.org/x/crypto/bcrypt"
 )
@@ -100,7 +102,8 @@ type config struct {
 	addr      string
 	debugAddr string // "": no debug server
 	dbPath    string
-	redis     *redisTarget // nil: sessions live in the account database
+	redis     *redisTarget  // nil: sessions live in the account database
+	stopDelay time.Duration // from the signal to stop until no more connections are taken
 	logLevel  slog.Level
 	server    serverConfig
 }
@@ -123,6 +126,7 @@ func loadConfig(getenv func(string) string) (config, error) {
 		debugAddr: read(env, "DEBUG_ADDR", "", parseAddr),
 		dbPath:    read(env, "DB_PATH", "users.db", parsePath),
 		redis:     read(env, "REDIS_URL", "", parseRedis),
+		stopDelay: read(env, "SHUTDOWN_DELAY", "0s", parseStopDelay),
 		logLevel:  read(env, "LOG_LEVEL", "info", parseLogLevel),
 		server: serverConfig{
 			sessionTTL:     read(env, "SESSION_TTL", "168h", parseTTL),
@@ -139,19 +143,34 @@ func loadConfig(getenv func(string) string) (config, error) {
 // read returns a variable's value. Where the variable is empty the fallback is parsed, and where that is
 // empty too the value is zero.
 func read[T any](env *environment, name, fallback string, parse func(string) (T, error)) T {
+	var value T
 	text := env.getenv(name)
 	if text == "" {
 		text = fallback
 	}
-	var value T
 	if text == "" {
 		return value
 	}
-	value, err := parse(text)
+	err := checkText(text)
+	if err == nil {
+		value, err = parse(text)
+	}
 	if err != nil {
 		env.errs = append(env.errs, fmt.Errorf("%s: %w", name, err))
 	}
 	return value
+}
+
+// checkText refuses what no value means and nobody sees, such as the CR of an env file with CRLF: DB_PATH would
+// name another file. The error tells nothing of the text, which may hold a password.
+func checkText(text string) error {
+	if strings.ContainsFunc(text, unicode.IsControl) {
+		return errors.New("the value has a control character, such as the CR of a line that ends in CRLF: want none")
+	}
+	if strings.TrimSpace(text) != text {
+		return errors.New("the value begins or ends with white space: want none there")
+	}
+	return nil
 }
 
 func parsePort(text string) (string, error) {
@@ -189,17 +208,12 @@ func parseRedis(text string) (*redisTarget, error) {
 }
 
 func parseLogLevel(text string) (slog.Level, error) {
-	levels := map[string]slog.Level{
-		"debug": slog.LevelDebug,
-		"info":  slog.LevelInfo,
-		"warn":  slog.LevelWarn,
-		"error": slog.LevelError,
+	var level slog.Level
+	if !slices.Contains([]string{"debug", "info", "warn", "error"}, text) {
+		return level, fmt.Errorf("%q is not debug, info, warn or error", text)
 	}
-	level, ok := levels[text]
-	if !ok {
-		return 0, fmt.Errorf("%q is not debug, info, warn or error", text)
-	}
-	return level, nil
+	err := level.UnmarshalText([]byte(text))
+	return level, err
 }
 
 func parseTTL(text string) (time.Duration, error) {
@@ -208,6 +222,14 @@ func parseTTL(text string) (time.Duration, error) {
 		return 0, fmt.Errorf("%q is not a duration in whole seconds, 1s or more, such as 168h or 30m", text)
 	}
 	return ttl, nil
+}
+
+func parseStopDelay(text string) (time.Duration, error) {
+	delay, err := time.ParseDuration(text)
+	if err != nil || delay < 0 || delay > time.Minute {
+		return 0, fmt.Errorf("%q is not a duration from 0s to 60s, such as 5s", text)
+	}
+	return delay, nil
 }
 
 func parseCost(text string) (int, error) {
@@ -295,7 +317,7 @@ func serve(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	log.Info("listening", "addr", tcp.Addr().String(), "accounts", cfg.dbPath, "sessions", backend,
 		"version", buildVersion())
-	return serveHTTP(ctx, &listener{Listener: tcp, repeats: s.repeats}, s, log)
+	return serveHTTP(ctx, &listener{Listener: tcp, repeats: s.repeats}, s, cfg.stopDelay, log)
 }
 
 // trySession makes, reads and deletes a session, and logs what the store refuses: one that answers may yet
@@ -322,12 +344,15 @@ func trySession(ctx context.Context, sessions SessionStore, log *slog.Logger) {
 	}
 }
 
-// serveHTTP serves until ctx ends, then drains. The requests' contexts are not ctx's children: draining
-// must finish what runs, not cancel it.
-func serveHTTP(ctx context.Context, listener net.Listener, s *server, log *slog.Logger) error {
+// serveHTTP serves until ctx ends, then drains: for stopDelay it still takes connections, and each answer says
+// that it is the connection's last. The requests' contexts are not ctx's children: draining must finish what
+// runs, not cancel it.
+func serveHTTP(
+	ctx context.Context, listener net.Listener, s *server, stopDelay time.Duration, log *slog.Logger,
+) error {
 	hs := &http.Server{
 		Handler:                      s,
-		MaxHeaderBytes:               16 << 10,
+		MaxHeaderBytes:               48 << 10,         // proxies pass on 32 kB
 		ReadTimeout:                  5 * time.Second,  // for the headers; a body has bodyTimeout
 		WriteTimeout:                 30 * time.Second, // for body, queue, bcrypt, stores and answer
 		IdleTimeout:                  2 * time.Minute,
@@ -343,6 +368,7 @@ func serveHTTP(ctx context.Context, listener net.Listener, s *server, log *slog.
 	}
 	s.draining.Store(true)
 	log.Info("shutting down")
+	time.Sleep(stopDelay)
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	// Shutdown closes a keep-alive connection that looks idle although its next request may be on the

@@ -1072,6 +1072,7 @@ func TestWrongConfigurationIsRefused(t *testing.T) {
 		{name: "BCRYPT_COST", allowed: "10 to 15", values: []string{"9", "16", "twelve"}},
 		{name: "COOKIE_SECURE", allowed: "true or false", values: []string{"yes"}},
 		{name: "DEBUG_ADDR", allowed: "host:port", values: []string{"6060"}},
+		{name: "SHUTDOWN_DELAY", allowed: "0s to 60s", values: []string{"61s", "-1s", "5"}},
 		{name: "LOG_LEVEL", allowed: "debug, info, warn or error", values: []string{"verbose", "INFO"}},
 		{name: "TRUSTED_PROXIES", allowed: "such as 10.0.0.0/8", values: []string{"10.0.0.1"}},
 		{name: "TRUSTED_PROXIES", allowed: "10.0.0.0/8", wrong: `"proxy"`, values: []string{"10.0.0.0/8,proxy"}},
@@ -1095,27 +1096,53 @@ func TestWrongConfigurationIsRefused(t *testing.T) {
 		first = append(first, tt.name+"="+tt.values[0])
 	}
 	status, _, message := runWith(t, nil, first...)
-	if lines := regexp.MustCompile(`(?m)^[A-Z_]+: `).FindAllString(message, -1); status != 2 || len(lines) != 10 {
-		t.Errorf("all wrong: exit status %d, want 2 and a line for each of 10 variables: %s", status, message)
+	if lines := regexp.MustCompile(`(?m)^[A-Z_]+: `).FindAllString(message, -1); status != 2 || len(lines) != 11 {
+		t.Errorf("all wrong: exit status %d, want 2 and a line for each of 11 variables: %s", status, message)
+	}
+}
+
+// An env file with CRLF, or with quotes in which a space was left, must not name another file.
+func TestWhatNobodySeesInAValueIsRefused(t *testing.T) {
+	folder := t.TempDir()
+	for name, value := range map[string]string{
+		"ADDR": ":0", "PORT": "1", "DB_PATH": folder + "/users.db", "REDIS_URL": "redis://:s3cret@h", "SESSION_TTL": "1h",
+		"BCRYPT_COST": "12", "COOKIE_SECURE": "true", "TRUSTED_PROXIES": "::/0", "DEBUG_ADDR": ":0",
+		"SHUTDOWN_DELAY": "0s", "LOG_LEVEL": "info",
+	} {
+		for format, want := range map[string]string{
+			"%s\r": "control character", "\n%s": "control character", "\t%s": "control character",
+			"%s ": "white space", " %s": "white space", "%s\u00a0": "white space", "%s\u0085": "control character",
+			value[:1] + "\x00" + value[1:] + "%.0s": "control character",
+		} {
+			status, _, message := runWith(t, nil, name+"="+fmt.Sprintf(format, value))
+			if status != 2 || !strings.HasPrefix(message, name+": ") || !strings.Contains(message, want) ||
+				!strings.Contains(message, "want none") || strings.Contains(message, "s3cret") {
+				t.Errorf("%s=%q: exit status %d, want 2 and %q in: %s", name, fmt.Sprintf(format, value), status, want, message)
+			}
+		}
+	}
+	if files, err := os.ReadDir(folder); err != nil || len(files) > 0 {
+		t.Errorf("made %v, %v", files, err)
 	}
 }
 
 func TestConfiguration(t *testing.T) {
 	for vars, want := range map[string]string{
-		"ADDR=,DB_PATH=,PORT=,SESSION_TTL=,BCRYPT_COST=,COOKIE_SECURE=,TRUSTED_PROXIES=,DEBUG_ADDR=,LOG_LEVEL=": "" +
-			"[:8080 users.db <nil> 168h0m0s 12 true []  INFO]",
+		"ADDR=,DB_PATH=,PORT=,SESSION_TTL=,BCRYPT_COST=,COOKIE_SECURE=,TRUSTED_PROXIES=,DEBUG_ADDR=,SHUTDOWN_DELAY=,LOG_LEVEL=": "" +
+			"[:8080 users.db <nil> 168h0m0s 12 true []  0s INFO]",
 		"ADDR=:0,DB_PATH=x,REDIS_URL=redis://h,SESSION_TTL=1s,BCRYPT_COST=10,TRUSTED_PROXIES=::/0,LOG_LEVEL=debug": "" +
-			"[:0 x redis://h:6379/0 1s 10 true [::/0]  DEBUG]",
+			"[:0 x redis://h:6379/0 1s 10 true [::/0]  0s DEBUG]",
 		"ADDR=[::1]:65535,DB_PATH=/my users?#%.db,SESSION_TTL=87600h,BCRYPT_COST=15,DEBUG_ADDR=:6060,COOKIE_SECURE=false": "" +
-			"[[::1]:65535 /my users?#%.db <nil> 87600h0m0s 15 false [] :6060 INFO]",
-		"ADDR=,DB_PATH=x,PORT=65535,LOG_LEVEL=warn,TRUSTED_PROXIES= ::ffff:10.0.0.0/104 ": "" +
-			"[:65535 x <nil> 168h0m0s 12 true [10.0.0.0/8]  WARN]",
-		"ADDR=h:1,DB_PATH=x,PORT=3000,LOG_LEVEL=error": "[h:1 x <nil> 168h0m0s 12 true []  ERROR]",
+			"[[::1]:65535 /my users?#%.db <nil> 87600h0m0s 15 false [] :6060 0s INFO]",
+		"ADDR=,DB_PATH=x,PORT=65535,LOG_LEVEL=warn,TRUSTED_PROXIES=::ffff:10.0.0.0/104,SHUTDOWN_DELAY=60s": "" +
+			"[:65535 x <nil> 168h0m0s 12 true [10.0.0.0/8]  1m0s WARN]",
+		"ADDR=h:1,DB_PATH=x,PORT=3000,LOG_LEVEL=error,SHUTDOWN_DELAY=1500ms": "" +
+			"[h:1 x <nil> 168h0m0s 12 true []  1.5s ERROR]",
 	} {
 		env := environ(t, strings.Split(vars, ","))
 		c, err := loadConfig(func(name string) string { return env[name] })
 		got := fmt.Sprint([]any{c.addr, c.dbPath, c.redis, c.server.sessionTTL, c.server.bcryptCost,
-			c.server.cookieSecure, c.server.trustedProxies, c.debugAddr, c.logLevel})
+			c.server.cookieSecure, c.server.trustedProxies, c.debugAddr, c.stopDelay, c.logLevel})
 		if err != nil || got != want {
 			t.Errorf("%s: %v, got %s, want %s", vars, err, got, want)
 		}
@@ -1376,6 +1403,31 @@ func TestShutdownFinishesWhatRuns(t *testing.T) {
 	s.log.find(t, "stopped")
 }
 
+func TestTheStopIsSeenBeforeTheDoorShuts(t *testing.T) {
+	t.Parallel()
+	s := startProcess(t, "SHUTDOWN_DELAY=1s")
+	_, id := s.register(newEmail())
+	begin := time.Now()
+	var stopping sync.WaitGroup
+	stopping.Go(s.stop)
+	s.log.find(t, "shutting down")
+	for route, want := range map[string]int{"/healthz": 503, "/user": 200} {
+		conn := s.dialRaw()
+		io.WriteString(conn, httpText("GET "+route, "", cookie(id)))
+		a := readHTTP(t, "GET "+route, bufio.NewReader(conn))
+		if a.status != want || a.header.Get("Connection") != "close" {
+			t.Errorf("GET %s on a new connection: status %d, %v, want %d and the last", route, a.status, a.header, want)
+		}
+	}
+	stopping.Wait()
+	if d := time.Since(begin); d < time.Second || d > 10*time.Second {
+		t.Errorf("ended after %v, want a little more than 1 s", d)
+	}
+	if _, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://")); err == nil {
+		t.Error("a stopped service takes connections")
+	}
+}
+
 func TestShutdownFinishesTheUpgradeOfAHash(t *testing.T) {
 	t.Parallel()
 	s := startWith(t, func(c *config) { c.server.bcryptCost = 5 }, "REDIS_URL="+redisURL(t))
@@ -1495,7 +1547,7 @@ func servePipes(t *testing.T, s *server) (dial func() net.Conn) {
 	conns := make(chan net.Conn)
 	pipes := &pipeListener{conns, sync.OnceFunc(func() { close(conns) })}
 	served := make(chan error, 1)
-	go func() { served <- serveHTTP(t.Context(), &listener{Listener: pipes, repeats: s.repeats}, s, s.log) }()
+	go func() { served <- serveHTTP(t.Context(), &listener{Listener: pipes, repeats: s.repeats}, s, 0, s.log) }()
 	t.Cleanup(func() {
 		if err := <-served; err != nil {
 			t.Error(err)
@@ -5001,12 +5053,17 @@ func TestClientsThatMisbehave(t *testing.T) {
 		get  = "GET /user HTTP/1.1\r\nHost: x\r\n"
 		post = "POST /user HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 	)
-	for _, tt := range []struct { // what is no request, or two
+	padded := func(request string) string { // to 48 kB of headers
+		return request + "X: " + strings.Repeat("x", 48<<10-len(request+"X: \r\n\r\n")) + "\r\n\r\n"
+	}
+	for _, tt := range []struct { // what is no request, or two, or large
 		text     string
 		statuses []int
 	}{
 		{"GET /user HTTP/1.1\r\n\r\n", []int{400}},
 		{"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", []int{400}},
+		{padded(get), []int{401}},
+		{padded(post+"Content-Length: 16000\r\n") + strings.Repeat(" ", 16000), []int{400}},
 		{get + "X: " + strings.Repeat("x", 64<<10) + "\r\n\r\n", []int{431}},
 		{get + "Cookie: session-id=" + strings.Repeat("a", 8<<10) + "\r\n\r\n", []int{401}},
 		{get + "Cookie: session-id=\x00\xff\r\n\r\n", []int{400, 401}},
