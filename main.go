@@ -4,16 +4,16 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"expvar"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
-	_ "net/http/pprof" // on DefaultServeMux, as expvar; only serveDebug serves it
+	"net/http/pprof"
 	"net/netip"
 	"net/url"
 	"os"
@@ -23,6 +23,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 	"unicode"
@@ -63,25 +64,28 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return 0
 	}
 	cfg, err := loadConfig(getenv)
-	if err != nil && *healthcheck {
-		fmt.Fprintln(stderr, err)
-		return 1 // of a health check Docker knows 0 and 1
-	}
 	if err != nil {
 		fmt.Fprintln(stderr, err)
+		if *healthcheck {
+			return 1 // Docker knows only 0 and 1 of a health check
+		}
 		return 2
 	}
 	if *healthcheck {
-		err = checkHealth(cfg.addr)
-	} else {
-		tuneRuntime(getenv)
-		log := slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel}))
-		err = serve(ctx, cfg, log)
+		if err := checkHealth(cfg.addr); err != nil {
+			fmt.Fprintln(stderr, "session-storage:", err)
+			return 1
+		}
+		return 0
 	}
-	if err != nil {
-		fmt.Fprintln(stderr, "session-storage:", err)
+	tuneRuntime(getenv)
+	log := slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel}))
+	err = serve(ctx, cfg, log)
+	if err != nil && ctx.Err() == nil { // else it was told to stop while it started
+		log.Error("cannot serve", "err", err)
 		return 1
 	}
+	log.Info("stopped")
 	return 0
 }
 
@@ -281,8 +285,8 @@ func tuneRuntime(getenv func(string) string) {
 	}
 }
 
-// serve opens the stores, serves until ctx ends or serving fails, finishes what is running and closes
-// everything in the reverse order.
+// serve opens the stores and serves until ctx ends or serving fails. Then it finishes what is running and
+// closes all that it opened, in the reverse order.
 func serve(ctx context.Context, cfg config, log *slog.Logger) error {
 	db, err := openDatabase(ctx, cfg.dbPath)
 	if err != nil {
@@ -291,25 +295,27 @@ func serve(ctx context.Context, cfg config, log *slog.Logger) error {
 	defer db.Close()
 	var sessions SessionStore = &sqliteSessions{db} // another backend is wired here
 	backend := "sqlite " + cfg.dbPath
-	stats := func() map[string]int64 { return nil }
+	metrics := func() map[string]int64 { return nil }
 	if cfg.redis != nil {
 		store := newRedisSessions(cfg.redis, log)
 		sessions = store
 		backend = cfg.redis.String()
-		stats = store.metrics
+		metrics = store.metrics
 	}
 	defer sessions.Close()
-	trySession(ctx, sessions, log)
 	s := newServer(cfg.server, db, sessions, log)
-	tcp, err := net.Listen("tcp", cfg.addr)
+	var listening net.ListenConfig
+	tcp, err := listening.Listen(ctx, "tcp", cfg.addr)
 	if err != nil {
 		return fmt.Errorf("ADDR=%q: %w", cfg.addr, err)
 	}
 	defer tcp.Close()
 	if cfg.debugAddr != "" {
-		if err := serveDebug(cfg.debugAddr, s, stats, log); err != nil {
+		debugServer, err := serveDebug(ctx, cfg.debugAddr, s, metrics, log)
+		if err != nil {
 			return fmt.Errorf("DEBUG_ADDR=%q: %w", cfg.debugAddr, err)
 		}
+		defer debugServer.Close()
 	}
 	if !cfg.server.cookieSecure {
 		log.Warn("COOKIE_SECURE=false: session cookies travel over plain HTTP, " +
@@ -317,29 +323,27 @@ func serve(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	log.Info("listening", "addr", tcp.Addr().String(), "accounts", cfg.dbPath, "sessions", backend,
 		"version", buildVersion())
+	var trial sync.WaitGroup
+	defer trial.Wait()
+	trial.Go(func() { trySession(context.WithoutCancel(ctx), sessions, log) })
 	return serveHTTP(ctx, &listener{Listener: tcp, repeats: s.repeats}, s, cfg.stopDelay, log)
 }
 
 // trySession makes, reads and deletes a session, and logs what the store refuses: one that answers may yet
-// take no writes. The service starts all the same.
+// take no writes. The service serves all the same.
 func trySession(ctx context.Context, sessions SessionStore, log *slog.Logger) {
 	id := newUUID()
 	now, _ := formatTime(time.Now())
-	user := User{ID: id, Name: "trial", Email: "trial", CreatedAt: now, UpdatedAt: now}
-	err := sessions.Create(ctx, id, user, time.Minute)
+	err := sessions.Create(ctx, id, User{ID: id, CreatedAt: now, UpdatedAt: now}, time.Minute)
 	if err == nil {
 		_, err = sessions.Get(ctx, id)
 	}
 	if err == nil {
 		err = sessions.Delete(ctx, id)
-		if errors.Is(err, errNoSession) {
-			err = nil // the first of two tries had deleted it
-		}
 	}
-	switch {
-	case errors.Is(err, errRefused):
+	if errors.Is(err, errRefused) {
 		log.Error("session store refuses a trial session, answering 503 to what it refuses", "err", err)
-	case err != nil:
+	} else if err != nil && !errors.Is(err, errNoSession) { // the first of two Deletes may have deleted it
 		log.Error("session store out of reach, answering 503 until it is back", "err", err)
 	}
 }
@@ -384,29 +388,52 @@ func serveHTTP(
 		log.Warn("requests cut off", "err", err)
 	}
 	s.repeats.flush()
-	log.Info("stopped")
 	return nil
 }
 
-// serveDebug serves expvar and pprof on an address of their own, until the process ends.
-func serveDebug(addr string, s *server, stats func() map[string]int64, log *slog.Logger) error {
-	listener, err := net.Listen("tcp", addr)
+// serveDebug serves expvar and pprof on an address of their own, until the server that it returns is closed.
+func serveDebug(
+	ctx context.Context, addr string, s *server, metrics func() map[string]int64, log *slog.Logger,
+) (*http.Server, error) {
+	var listening net.ListenConfig
+	listener, err := listening.Listen(ctx, "tcp", addr)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	expvar.Publish("service", expvar.Func(func() any {
-		metrics := s.metrics()
-		maps.Copy(metrics, stats())
-		return metrics
-	}))
-	expvar.NewString("version").Set(buildVersion())
-	debugServer := &http.Server{ReadHeaderTimeout: 5 * time.Second} // of http.DefaultServeMux
+	mux := http.NewServeMux()
+	mux.HandleFunc("/debug/pprof/", pprof.Index)
+	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
+	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	mux.HandleFunc("/debug/vars", func(w http.ResponseWriter, r *http.Request) {
+		writeVars(w, s, metrics)
+	})
+	debugServer := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
 	go debugServer.Serve(listener)
 	log.Info("debug listening", "addr", listener.Addr().String())
 	if !listener.Addr().(*net.TCPAddr).IP.IsLoopback() {
 		log.Warn("DEBUG_ADDR is not a loopback address: whoever reaches it can profile this process")
 	}
-	return nil
+	return debugServer, nil
+}
+
+// writeVars writes what expvar.Handler would: expvar's own variables and ours. Ours are not published, since a
+// process may serve more than once, and a name can be published only once.
+func writeVars(w http.ResponseWriter, s *server, metrics func() map[string]int64) {
+	service := map[string]any{}
+	for name, value := range s.metrics() {
+		service[name] = value
+	}
+	for name, value := range metrics() {
+		service[name] = value
+	}
+	vars := map[string]any{"service": service, "version": buildVersion()}
+	expvar.Do(func(variable expvar.KeyValue) { // cmdline and memstats
+		vars[variable.Key] = json.RawMessage(variable.Value.String())
+	})
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	json.NewEncoder(w).Encode(vars)
 }
 
 // checkHealth asks the service that listens on addr whether it is well. No host in addr means this one.
