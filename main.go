@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -36,7 +37,8 @@ var version string
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	context.AfterFunc(ctx, stop)   // a second signal ends the process at once
+	signal.Ignore(syscall.SIGPIPE) // or a standard error that nobody reads any more ends the process
 	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr))
 }
 
@@ -79,7 +81,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return 0
 	}
 	tuneRuntime(getenv)
-	log := slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel}))
+	lines := newLineWriter(stderr)
+	defer lines.close()
+	log := slog.New(slog.NewJSONHandler(lines, &slog.HandlerOptions{Level: cfg.logLevel}))
 	err = serve(ctx, cfg, log)
 	if err != nil && ctx.Err() == nil { // else it was told to stop while it started
 		log.Error("cannot serve", "err", err)
@@ -452,6 +456,93 @@ func checkHealth(addr string) error {
 		return errors.New("healthz: " + resp.Status)
 	}
 	return nil
+}
+
+// lineWriter writes the log's lines in a goroutine of its own, so that nobody who logs waits for standard
+// error: its pipe may be full, and nobody may ever read it. What finds the queue full is dropped.
+type lineWriter struct {
+	queue   chan logLine
+	mu      sync.Mutex
+	dropped int // since the last line that found room
+}
+
+// logLine is a line to write, or the end of all.
+type logLine struct {
+	text    []byte
+	dropped int           // how many lines before it found the queue full
+	written chan struct{} // of the end: is closed once all before it is written
+}
+
+const (
+	maxLogLines = 1000                   // that wait to be written
+	logPatience = 500 * time.Millisecond // for them at the end
+)
+
+func newLineWriter(w io.Writer) *lineWriter {
+	l := &lineWriter{queue: make(chan logLine, maxLogLines)}
+	go l.run(w)
+	return l
+}
+
+// Write takes a line of slog's, and never waits.
+func (l *lineWriter) Write(text []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	select {
+	case l.queue <- logLine{text: bytes.Clone(text), dropped: l.dropped}:
+		l.dropped = 0
+	default:
+		l.dropped++
+	}
+	return len(text), nil
+}
+
+// run writes lines until the end. A line that could not be written whole counts as dropped, and the next one
+// tells how many were.
+func (l *lineWriter) run(w io.Writer) {
+	dropped := 0
+	cut := false // inside a line
+	for line := range l.queue {
+		dropped += line.dropped
+		var out bytes.Buffer
+		if cut {
+			out.WriteByte('\n')
+		}
+		if dropped > 0 {
+			slog.New(slog.NewJSONHandler(&out, nil)).Warn("log lines dropped", "dropped", dropped)
+		}
+		out.Write(line.text)
+		n, err := w.Write(out.Bytes())
+		if n > 0 {
+			cut = out.Bytes()[n-1] != '\n'
+		}
+		if err != nil {
+			dropped++
+		} else {
+			dropped = 0
+		}
+		if line.written != nil {
+			close(line.written)
+			return
+		}
+	}
+}
+
+// close waits until all lines so far are written, but not for long.
+func (l *lineWriter) close() {
+	timeout := time.After(logPatience)
+	l.mu.Lock()
+	end := logLine{dropped: l.dropped, written: make(chan struct{})}
+	l.mu.Unlock()
+	select {
+	case l.queue <- end:
+	case <-timeout:
+		return
+	}
+	select {
+	case <-end.written:
+	case <-timeout:
+	}
 }
 
 // listener accepts clients' connections.

@@ -617,17 +617,32 @@ func startProcess(t testing.TB, vars ...string) *service {
 // startLimited is startProcess under a limit that a shell command sets, such as ulimit -n 60.
 func startLimited(t testing.TB, limit string, vars ...string) *service {
 	t.Helper()
+	s := newProcess(t, limit, vars...)
+	s.process.Stderr = s.log
+	s.launch()
+	s.url = "http://" + s.log.find(t, "listening")["addr"].(string)
+	return s
+}
+
+// newProcess is the program as a process that is still to be launched, after a shell command.
+func newProcess(t testing.TB, command string, vars ...string) *service {
+	t.Helper()
 	env := environ(t, append([]string{"BCRYPT_COST=10"}, vars...))
 	maps.DeleteFunc(env, func(_, value string) bool { return value == untuned })
 	s := &service{TB: t, dbPath: env["DB_PATH"], log: &logBuffer{}, client: newClient()}
-	s.process = exec.Command("sh", "-c", limit+` && exec "$0"`, os.Args[0])
+	s.process = exec.Command("sh", "-c", command+` && exec "$0"`, os.Args[0])
 	s.process.Env = append(os.Environ(), programEnv+"=1")
 	for name, value := range env {
 		s.process.Env = append(s.process.Env, name+"="+value)
 	}
-	s.process.Stderr = s.log
+	return s
+}
+
+// launch starts the process, and at the test's end stops it and looks through its log.
+func (s *service) launch() {
+	s.Helper()
 	if err := s.process.Start(); err != nil {
-		t.Fatal(err)
+		s.Fatal(err)
 	}
 	exited := make(chan error, 1)
 	go func() {
@@ -638,13 +653,11 @@ func startLimited(t testing.TB, limit string, vars ...string) *service {
 		s.client.CloseIdleConnections()
 		s.process.Process.Signal(syscall.SIGTERM) // as docker stop does
 		if err := <-exited; err != nil && !s.isFaulty() {
-			t.Errorf("exit: %v\n%s", err, s.log)
+			s.Errorf("exit: %v\n%s", err, s.log)
 		}
 		s.checkLog()
 	})
-	t.Cleanup(s.stop)
-	s.url = "http://" + s.log.find(t, "listening")["addr"].(string)
-	return s
+	s.Cleanup(s.stop)
 }
 
 // expectErrors lets the service log errors and end in any way.
@@ -1244,6 +1257,168 @@ func TestStartSaysWhatIsInUse(t *testing.T) {
 	s = start(t)
 	if line := s.log.find(t, "listening"); line["sessions"] != "sqlite "+s.dbPath {
 		t.Errorf("got %v, want sessions in sqlite", line)
+	}
+}
+
+func TestWhateverBecomesOfStandardErrorTheServiceServesOnAndStops(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		command string // of the shell, before the program
+		pipe    func(t *testing.T, r, w *os.File)
+	}{
+		"closed":                   {command: "exec 2>&-"},
+		"on a full disk":           {command: "exec 2>/dev/full"},
+		"a pipe without a reader":  {command: "true", pipe: func(_ *testing.T, r, _ *os.File) { r.Close() }},
+		"a pipe that nobody reads": {command: "true", pipe: fillPipe},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			addr := "127.0.0.1:" + freePort()
+			s := newProcess(t, tt.command, "ADDR="+addr)
+			s.url = "http://" + addr
+			if tt.pipe != nil {
+				r, w, err := os.Pipe()
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer r.Close()
+				defer w.Close()
+				tt.pipe(t, r, w)
+				s.process.Stderr = w
+			}
+			s.launch()
+			eventually(t, 20*time.Second, "the service listens", func() bool {
+				conn, err := net.Dial("tcp", addr)
+				if err == nil {
+					conn.Close()
+				}
+				return err == nil
+			})
+			user, id := s.register(newEmail())
+			s.signIn(user.Email, cookie(id))
+			s.want(401, id)
+			begin := time.Now()
+			s.stop() // which checks the exit status
+			if d := time.Since(begin); d > 5*time.Second {
+				t.Errorf("ended after %v, want at once", d)
+			}
+		})
+	}
+}
+
+// fillPipe writes until a pipe takes nothing more.
+func fillPipe(t *testing.T, _, w *os.File) {
+	t.Helper()
+	var err error
+	for err == nil {
+		w.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+		_, err = w.Write(make([]byte, 512))
+	}
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatal(err)
+	}
+}
+
+func TestTheLogSaysWhereLinesAreMissingAndHowMany(t *testing.T) {
+	t.Parallel()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := newLineWriter(w)
+	log := slog.New(slog.NewJSONHandler(lines, nil))
+	logged := 0
+	writeLine := func() {
+		log.Info("line", "number", logged)
+		logged++
+	}
+	for range 5000 { // that nobody reads, and nobody waits
+		writeLine()
+	}
+	received := &logBuffer{}
+	var reading sync.WaitGroup
+	reading.Go(func() { io.Copy(received, r) })
+	const gap = "log lines dropped"
+	eventually(t, 10*time.Second, gap, func() bool {
+		writeLine()
+		return len(received.lines(gap)) > 0
+	})
+	lines.close()
+	w.Close()
+	reading.Wait()
+	next, gaps := 0, 0
+	for text := range strings.Lines(received.String()) {
+		var line struct {
+			Level, Msg      string
+			Number, Dropped int
+		}
+		if err := json.Unmarshal([]byte(text), &line); err != nil {
+			t.Fatalf("%v: %s", err, text)
+		}
+		switch {
+		case line.Msg == gap && line.Level == "WARN" && line.Dropped > 0:
+			next += line.Dropped
+			gaps++
+		case line.Msg != "line" || line.Number != next:
+			t.Fatalf("got %s, want line %d", text, next)
+		default:
+			next++
+		}
+	}
+	if next != logged || gaps == 0 || next-gaps < 1000 {
+		t.Errorf("%d lines and %d gaps tell of %d, want of %d", next, gaps, next, logged)
+	}
+}
+
+func TestLinesThatCannotBeWrittenAreCounted(t *testing.T) {
+	t.Parallel()
+	var written bytes.Buffer
+	writes := 0
+	lines := newLineWriter(writerFunc(func(text []byte) (int, error) {
+		writes++
+		switch writes {
+		case 2, 3:
+			return 0, syscall.EPIPE
+		case 4: // the disk takes a part of it
+			n, _ := written.Write(text[:10])
+			return n, syscall.ENOSPC
+		}
+		return written.Write(text)
+	}))
+	log := slog.New(slog.NewJSONHandler(lines, nil))
+	for i := range 6 {
+		log.Info(strconv.Itoa(i))
+	}
+	lines.close()
+	var got []string
+	for text := range strings.Lines(written.String()) {
+		var line map[string]any
+		if json.Unmarshal([]byte(text), &line) != nil {
+			line = map[string]any{"msg": "no JSON: " + strings.TrimSpace(text)}
+		}
+		got = append(got, fmt.Sprint(line["msg"], line["dropped"]))
+	}
+	if want := `[0<nil> no JSON: {"time":"2<nil> log lines dropped3 4<nil> 5<nil>]`; fmt.Sprint(got) != want {
+		t.Errorf("written: %s, want %s", got, want)
+	}
+}
+
+func TestTheEndWaitsForTheLogButNotForLong(t *testing.T) {
+	for _, logged := range []int{1, 5000} { // in the queue, and more than it takes
+		synctest.Test(t, func(t *testing.T) {
+			goOn := make(chan struct{})
+			lines := newLineWriter(writerFunc(func(text []byte) (int, error) { <-goOn; return len(text), nil }))
+			for range logged {
+				io.WriteString(lines, "{}\n")
+			}
+			begin := time.Now()
+			lines.close()
+			if d := time.Since(begin); d != 500*time.Millisecond {
+				t.Errorf("%d lines that nobody takes: the end waits %v, want 500 ms", logged, d)
+			}
+			close(goOn)
+			lines.close()
+		})
 	}
 }
 
