@@ -1781,11 +1781,7 @@ type pipeListener struct {
 }
 
 func (l *pipeListener) Addr() net.Addr { return &net.TCPAddr{} }
-
-func (l *pipeListener) Close() error {
-	l.close()
-	return nil
-}
+func (l *pipeListener) Close() error   { l.close(); return nil }
 
 func (l *pipeListener) Accept() (net.Conn, error) {
 	conn, ok := <-l.conns
@@ -1796,7 +1792,7 @@ func (l *pipeListener) Accept() (net.Conn, error) {
 }
 
 // servePipes serves s within a bubble, until the test's end. dial returns a client's end of a connection.
-func servePipes(t *testing.T, s *server) (dial func() net.Conn) {
+func servePipes(t testing.TB, s *server) (dial func() net.Conn) {
 	t.Helper()
 	conns := make(chan net.Conn)
 	pipes := &pipeListener{conns, sync.OnceFunc(func() { close(conns) })}
@@ -1819,70 +1815,68 @@ func TestClientsHaveTheirTime(t *testing.T) {
 	body := credentials("nobody@example.com", password)
 	head := strings.TrimSuffix(httpText("POST /user/signin", body), body)
 	get := httpText("GET /healthz", "")
-	for name, tt := range map[string]struct {
+	for _, tt := range []struct {
+		name   string
 		sent   string        // at once
 		slowly string        // then, a byte a second
+		bcrypt time.Duration // that it takes
 		unread time.Duration // before the client reads
-		busy   time.Duration // with another's bcrypt
 		answer string
 		cut    time.Duration // when the service closes the connection
 	}{
-		"for the first byte": {cut: 5 * time.Second},
-		"for headers":        {sent: "GET /user HTTP/1.1\r\nX: ", slowly: get, cut: 5 * time.Second},
-		"for a body":         {sent: head, slowly: body, answer: "HTTP/1.1 400 ", cut: 10 * time.Second},
-		"for idling":         {sent: get, answer: "HTTP/1.1 200 ", cut: 2 * time.Minute},
-		"for idling, twice":  {sent: get + get, answer: "HTTP/1.1 200 ", cut: 2 * time.Minute},
-		"to read the answer": {sent: get, unread: 29 * time.Second, answer: "HTTP/1.1 200 ", cut: 149 * time.Second},
-		"but not for ever":   {sent: get, unread: 31 * time.Second, cut: 31 * time.Second},
-		"for body and queue": {sent: head + body[:len(body)-9], slowly: body[len(body)-9:], busy: 12 * time.Second,
-			answer: "HTTP/1.1 401 ", cut: 12*time.Second + 2*time.Minute},
+		{name: "for the first byte", cut: 5 * time.Second},
+		{name: "for headers", sent: "GET /user HTTP/1.1\r\nX: ", slowly: get, cut: 5 * time.Second},
+		{name: "for a body", sent: head, slowly: body, answer: "HTTP/1.1 400 ", cut: 10 * time.Second},
+		{name: "for idling", sent: get, answer: "HTTP/1.1 200 ", cut: 2 * time.Minute},
+		{name: "to read the answer", sent: get, unread: 29 * time.Second, answer: "HTTP/1.1 200 ", cut: 149 * time.Second},
+		{name: "but not for ever", sent: get, unread: 31 * time.Second, cut: 31 * time.Second},
+		{name: "for body and bcrypt", sent: head + body[:len(body)-9], slowly: body[len(body)-9:], bcrypt: 12 * time.Second,
+			answer: "HTTP/1.1 401 ", cut: 21*time.Second + 2*time.Minute},
 	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				s := testServer(openTestDatabase(t), newMapSessions(), io.Discard)
-				if tt.busy > 0 {
-					time.AfterFunc(tt.busy, s.gate.enterIfIdle().leave)
-				}
-				conn := servePipes(t, s)()
-				begin := time.Now()
-				var sending sync.WaitGroup
-				defer sending.Wait()
-				sending.Go(func() {
-					_, err := io.WriteString(conn, tt.sent)
-					for i := 0; i < len(tt.slowly) && err == nil; i++ {
-						time.Sleep(time.Second)
-						_, err = io.WriteString(conn, tt.slowly[i:i+1])
-					}
-				})
-				time.Sleep(tt.unread)
-				text, _ := io.ReadAll(conn)
-				if d := time.Since(begin); d < tt.cut || d > tt.cut+time.Second {
-					t.Errorf("cut after %v, want %v", d, tt.cut)
-				}
-				if !bytes.HasPrefix(text, []byte(tt.answer)) || (len(text) > 0) != (tt.answer != "") {
-					t.Errorf("answer %q, want %q", text, tt.answer)
+		virtually(t, tt.name, 1, func(s *insider) {
+			s.bcrypt.before = func(string) { time.Sleep(tt.bcrypt) }
+			conn := servePipes(s, s.server)()
+			begin := time.Now()
+			var sending sync.WaitGroup
+			defer sending.Wait()
+			sending.Go(func() {
+				_, err := io.WriteString(conn, tt.sent)
+				for i := 0; i < len(tt.slowly) && err == nil; i++ {
+					time.Sleep(time.Second)
+					_, err = io.WriteString(conn, tt.slowly[i:i+1])
 				}
 			})
+			time.Sleep(tt.unread)
+			text, _ := io.ReadAll(conn)
+			if d := time.Since(begin); d < tt.cut || d > tt.cut+time.Second {
+				s.Errorf("cut after %v, want %v", d, tt.cut)
+			}
+			if !bytes.HasPrefix(text, []byte(tt.answer)) || (len(text) > 0) != (tt.answer != "") {
+				s.Errorf("answer %q, want %q", text, tt.answer)
+			}
 		})
 	}
 }
 
-// The watch of net/http is seen by whether it takes a byte while the handler runs.
+// Whether net/http watches a connection is seen by whether it takes a byte while the handler runs.
 func TestTheWatchIsSparedForLookupsAndKeptForSignIns(t *testing.T) {
+	email := newEmail()
 	lookup := httpText("GET /user", "", cookie(newUUID()))
-	signIn := httpText("POST /user/signin", credentials("nobody@example.com", password))
+	signIn := httpText("POST /user/signin", credentials(email, password))
 	for _, tt := range []struct {
 		what, before, request string
+		status                int
 		watched               bool
 	}{
-		{what: "a lookup", request: lookup, watched: false},
-		{what: "a sign-in", request: signIn, watched: true},
-		{what: "a sign-in after a lookup", before: httpText("GET /user", ""), request: signIn, watched: true},
-		{what: "a lookup after a sign-in", before: signIn, request: lookup, watched: false},
+		{what: "a lookup", request: lookup, status: 401, watched: false},
+		{what: "a sign-in", request: signIn, status: 200, watched: true},
+		{what: "a sign-in after a lookup", before: lookup, request: signIn, status: 200, watched: true},
+		{what: "a lookup after a sign-in", before: signIn, request: lookup, status: 401, watched: false},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			sessions := newHookedSessions()
 			s := testServer(openTestDatabase(t), sessions, io.Discard)
+			serveOne(s, "POST", "/user", credentials(email, password))
 			conn := servePipes(t, s)()
 			answers := bufio.NewReader(conn)
 			if tt.before != "" {
@@ -1892,40 +1886,43 @@ func TestTheWatchIsSparedForLookupsAndKeptForSignIns(t *testing.T) {
 			}
 			goOn := make(chan struct{})
 			sessions.before = func(string, string) error { <-goOn; return nil }
-			slot := s.gate.enterIfIdle()
 			io.WriteString(conn, tt.request)
 			synctest.Wait()
-			next := httpText("GET /healthz", "")
+			next := httpText("GET /nowhere", "")
 			conn.SetWriteDeadline(time.Now().Add(time.Second))
 			n, err := io.WriteString(conn, next[:1])
 			if (n == 1) != tt.watched {
 				t.Errorf("%s that runs: a byte is read: %t, %v, want %t", tt.what, n == 1, err, tt.watched)
 			}
 			conn.SetWriteDeadline(time.Time{})
-			slot.leave()
 			close(goOn)
 			a := readHTTP(t, tt.what, answers)
 			io.WriteString(conn, next[n:])
-			if b := readHTTP(t, "after "+tt.what, answers); a.status != 401 || b.status != 200 {
-				t.Errorf("%s and what follows: status %d and %d, want 401 and 200", tt.what, a.status, b.status)
+			if b := readHTTP(t, "after "+tt.what, answers); a.status != tt.status || b.status != 404 {
+				t.Errorf("%s and what follows: status %d and %d, want %d and 404", tt.what, a.status, b.status, tt.status)
 			}
 		})
 	}
 }
 
-func TestASignInWhoseClientLeavesGivesUpItsPlace(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := testServer(openTestDatabase(t), newMapSessions(), io.Discard)
-		defer s.gate.enterIfIdle().leave()
-		conn := servePipes(t, s)()
+func TestASignInWhoseClientLeavesCostsNoBcrypt(t *testing.T) {
+	virtually(t, "", 1, func(s *insider) {
+		goOn := make(chan struct{})
+		s.bcrypt.before = func(string) { <-goOn }
+		dial := servePipes(s, s.server)
+		first, second := dial(), dial()
 		signIn := httpText("POST /user/signin", credentials("nobody@example.com", password))
-		io.WriteString(conn, signIn)
+		for _, conn := range []net.Conn{first, second} { // one runs, one waits
+			io.WriteString(conn, signIn)
+			synctest.Wait()
+		}
+		second.Close()
 		synctest.Wait()
-		_, before := s.gate.load()
-		conn.Close()
-		synctest.Wait()
-		if _, after := s.gate.load(); before != 1 || after != 0 {
-			t.Errorf("%d wait for bcrypt, %d after the client has left, want 1 and 0", before, after)
+		close(goOn)
+		a := readHTTP(s, "POST /user/signin", bufio.NewReader(first))
+		synctest.Wait() // a second comparison would be over
+		if n := s.bcrypt.comparisons.Load(); a.status != 401 || n != 1 {
+			s.Errorf("status %d, %d comparisons, want 401 and the one of the client that stayed", a.status, n)
 		}
 	})
 }
