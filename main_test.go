@@ -1234,7 +1234,7 @@ func TestTheRuntimeIsTunedUnlessTheEnvironmentSays(t *testing.T) {
 		runtime.GOMAXPROCS(cores)
 		debug.SetGCPercent(before)
 	})
-	for value, want := range map[string]struct{ procs, percent int }{"1": {cores, 100}, "": {2 * cores, 800}} {
+	for value, want := range map[string]struct{ procs, percent int }{"1": {cores, 100}, "": {2 * cores, 500}} {
 		runtime.GOMAXPROCS(cores)
 		tuneRuntime(func(string) string { return value })
 		if procs, percent := runtime.GOMAXPROCS(0), debug.SetGCPercent(100); procs != want.procs || percent != want.percent {
