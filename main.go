@@ -85,7 +85,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	defer lines.close()
 	log := slog.New(slog.NewJSONHandler(lines, &slog.HandlerOptions{Level: cfg.logLevel}))
 	err = serve(ctx, cfg, log)
-	if err != nil && ctx.Err() == nil { // else it was told to stop while it started
+	if err != nil && !errors.Is(err, context.Canceled) { // else it was told to stop while it started
 		log.Error("cannot serve", "err", err)
 		return 1
 	}

@@ -1,5 +1,16 @@
 // What shows that the service keeps its contract: a real server over TCP, real SQLite files, a real Redis.
-// Sections: harness, main.go, handlers.go, session.go, store.go, faults, fuzzing, benchmarks.
+//
+// Sections, each under a line of dashes, and the parts of the contract that they hold the service to:
+//
+//	harness              finding Redis, running the service, asking it; checkReply and checkLog look at every answer and log
+//	main.go              Configuration: variables, exit status, logs, start and end, a client's time
+//	handlers.go          Endpoints, Rules, Errors, The cookie
+//	limits               Limits on guessing and flooding, Passwords
+//	session.go           Redis: what every backend promises; the pipeline, on a Redis that says what a test wants
+//	Redis                Redis: what it is sent and holds, logins, replicas, Sentinel, a cluster, TLS
+//	store.go             Accounts: the SQLite file
+//	faults               what breaks: Redis, the file, the process, clients
+//	fuzzing, benchmarks
 
 package main
 
@@ -56,25 +67,19 @@ func TestMain(m *testing.M) {
 		os.Exit(1) // should main return: or this process would run the tests, and those would start it again
 	}
 	lastPort.Store(rand.Uint32N(20_000))
+	flag.Set("test.parallel", "8") // most tests wait; the command line may say otherwise
 	flag.Parse()
-	if !isFlagSet("test.parallel") {
-		flag.Set("test.parallel", "8") // most tests wait
-	}
 	if flag.Lookup("test.bench").Value.String() == "" {
 		runtime.GOMAXPROCS(4 * runtime.NumCPU()) // so that bcrypt does not keep others from answering in time
 	}
 	code := m.Run()
-	sharedRedis.stop()
+	if sharedRedis.host != nil {
+		sharedRedis.host.stop()
+	}
 	if n := redisSkips.Load(); n > 0 {
 		fmt.Printf("%d TESTS SKIPPED FOR WANT OF A REDIS: %s\n", n, howToGetRedis)
 	}
 	os.Exit(code)
-}
-
-func isFlagSet(name string) bool {
-	set := false
-	flag.Visit(func(f *flag.Flag) { set = set || f.Name == name })
-	return set
 }
 
 const howToGetRedis = "install redis-server, or start Docker, or set REDIS_URL for the tests that do not break theirs"
@@ -93,27 +98,22 @@ func skipRedis(t testing.TB) {
 
 // sharedRedis is the Redis of all tests that do not break theirs. Their keys are random, so that they do
 // not meet, nor whatever else a Redis named by REDIS_URL holds.
-var sharedRedis = struct {
-	once sync.Once
+var sharedRedis struct {
+	sync.Once
+	host *redisHost
 	url  string // "": there is none
-	stop func()
-}{stop: func() {}}
+}
 
 func redisURL(t testing.TB) string {
 	t.Helper()
-	sharedRedis.once.Do(func() {
+	sharedRedis.Do(func() {
 		sharedRedis.url = os.Getenv("REDIS_URL")
-		if sharedRedis.url != "" {
-			return
+		if sharedRedis.url == "" {
+			sharedRedis.host = newRedisHost(t)
+			sharedRedis.url = sharedRedis.host.start(t).url()
 		}
-		host, stop := newRedisHost(t)
-		if host == nil {
-			return
-		}
-		sharedRedis.stop = stop
-		sharedRedis.url = host.start(t).url()
 	})
-	if sharedRedis.url == "" {
+	if sharedRedis.url == "" { // the first test to ask was skipped
 		skipRedis(t)
 	}
 	return sharedRedis.url
@@ -122,66 +122,62 @@ func redisURL(t testing.TB) string {
 // redisHost is where Redis servers run: this machine, or a container that publishes its ports under the same
 // numbers, so that 127.0.0.1 and a port mean the same server on either side.
 type redisHost struct {
-	enter []string // what stands in front of a command
-	bind  string
-	dir   string
-	ports []string // that nobody has used yet
-
+	enter   []string // what stands in front of a command
+	bind    string
+	dir     string
+	remove  func()
+	ports   []string // that nobody has used yet
 	servers []*redisServer
 }
 
-const portsOfHost = 8
+const portsOfHost = 16
 
-// newRedisHost returns nil where there is neither a redis-server on PATH nor Docker.
-func newRedisHost(t testing.TB) (host *redisHost, stop func()) {
+// newRedisHost skips the test where there is neither a redis-server on PATH nor Docker.
+func newRedisHost(t testing.TB) *redisHost {
 	t.Helper()
-	host = &redisHost{ports: freePorts(portsOfHost)}
+	ports := freePorts(portsOfHost)
 	if _, err := exec.LookPath("redis-server"); err == nil {
 		dir, err := os.MkdirTemp("", "session-storage-redis")
 		if err != nil {
 			t.Fatal(err)
 		}
-		host.bind = "127.0.0.1"
-		host.dir = dir
-		return host, func() { host.killServers(); os.RemoveAll(dir) }
+		return &redisHost{bind: "127.0.0.1", dir: dir, ports: ports, remove: func() { os.RemoveAll(dir) }}
 	}
 	if exec.Command("docker", "info").Run() != nil {
-		return nil, func() {}
+		skipRedis(t)
 	}
 	args := []string{"run", "--detach", "--rm"}
-	for _, port := range host.ports {
+	for _, port := range ports {
 		args = append(args, "--publish", "127.0.0.1:"+port+":"+port)
 	}
-	args = append(args, "redis:7-alpine", "sh", "-c", "while :; do sleep 3600; done")
+	args = append(args, "redis:7-alpine", "sleep", "infinity")
 	id, err := exec.Command("docker", args...).Output()
 	if err != nil {
 		t.Fatalf("docker %s: %v", strings.Join(args, " "), err)
 	}
 	container := strings.TrimSpace(string(id))
-	host.enter = []string{"docker", "exec", "--interactive", container}
-	host.bind = "0.0.0.0"
-	host.dir = "/data"
-	return host, func() {
-		host.killServers()
-		exec.Command("docker", "rm", "--force", "--volumes", container).Run()
-	}
-}
-
-func (h *redisHost) killServers() {
-	for _, r := range h.servers {
-		r.kill()
+	return &redisHost{
+		enter:  []string{"docker", "exec", "--interactive", container},
+		bind:   "0.0.0.0",
+		dir:    "/data",
+		ports:  ports,
+		remove: func() { exec.Command("docker", "rm", "--force", "--volumes", container).Run() },
 	}
 }
 
 // ownRedisHost is one that the test need not share.
 func ownRedisHost(t testing.TB) *redisHost {
 	t.Helper()
-	host, stop := newRedisHost(t)
-	if host == nil {
-		skipRedis(t)
-	}
-	t.Cleanup(stop)
+	host := newRedisHost(t)
+	t.Cleanup(host.stop)
 	return host
+}
+
+func (h *redisHost) stop() {
+	for _, r := range h.servers {
+		r.kill()
+	}
+	h.remove()
 }
 
 // command is one that runs on the host.
@@ -208,28 +204,26 @@ func (h *redisHost) port() string {
 	return port
 }
 
-func (h *redisHost) newServer() *redisServer {
-	r := &redisServer{host: h, port: h.port()}
-	h.servers = append(h.servers, r)
-	return r
-}
-
 // start starts a redis-server with further options.
 func (h *redisHost) start(t testing.TB, options ...string) *redisServer {
 	t.Helper()
-	r := h.newServer()
-	r.args = append([]string{"--port", r.port, "--bind", h.bind, "--protected-mode", "no", "--save", "",
-		"--dir", h.dir, "--dbfilename", r.port + ".rdb", "--appenddirname", r.port + ".aof"}, options...)
-	r.launch(t)
-	return r
+	port := h.port()
+	return h.launch(t, port, append([]string{"--port", port, "--bind", h.bind, "--protected-mode", "no", "--save", "",
+		"--dir", h.dir, "--dbfilename", port + ".rdb", "--appenddirname", port + ".aof"}, options...))
 }
 
 // startSentinel starts a sentinel with further lines of configuration.
 func (h *redisHost) startSentinel(t testing.TB, lines ...string) *redisServer {
 	t.Helper()
-	r := h.newServer()
-	conf := fmt.Sprintf("port %s\nbind %s\nprotected-mode no\ndir %s\n%s\n", r.port, h.bind, h.dir, strings.Join(lines, "\n"))
-	r.args = []string{h.write(t, r.port+".conf", []byte(conf)), "--sentinel"}
+	port := h.port()
+	conf := fmt.Sprintf("port %s\nbind %s\nprotected-mode no\ndir %s\n%s\n", port, h.bind, h.dir, strings.Join(lines, "\n"))
+	return h.launch(t, port, []string{h.write(t, port+".conf", []byte(conf)), "--sentinel"})
+}
+
+func (h *redisHost) launch(t testing.TB, port string, args []string) *redisServer {
+	t.Helper()
+	r := &redisServer{host: h, port: port, args: args}
+	h.servers = append(h.servers, r)
 	r.launch(t)
 	return r
 }
@@ -248,14 +242,15 @@ func ownRedis(t testing.TB, options ...string) *redisServer {
 	return ownRedisHost(t).start(t, options...)
 }
 
-func (r *redisServer) addr() string { return "127.0.0.1:" + r.port }
-func (r *redisServer) url() string  { return "redis://" + r.addr() }
+func (r *redisServer) addr() string    { return "127.0.0.1:" + r.port }
+func (r *redisServer) url() string     { return "redis://" + r.addr() }
+func (r *redisServer) pidFile() string { return r.host.dir + "/" + r.port + ".pid" }
 
 // launch starts the server, anew after kill, and waits until it answers, if only that it is loading.
 func (r *redisServer) launch(t testing.TB) {
 	t.Helper()
-	pidFile := r.host.dir + "/" + r.port + ".pid"
-	r.cmd = r.host.command(append([]string{"sh", "-c", `echo $$ > "$0" && exec redis-server "$@"`, pidFile}, r.args...)...)
+	const script = `echo $$ > "$0" && exec redis-server "$@"`
+	r.cmd = r.host.command(append([]string{"sh", "-c", script, r.pidFile()}, r.args...)...)
 	if err := r.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -272,16 +267,13 @@ func (r *redisServer) launch(t testing.TB) {
 }
 
 func (r *redisServer) kill() {
-	if r.cmd == nil {
-		return
-	}
 	r.signal("KILL")
 	r.cmd.Wait()
 }
 
 // signal sends a signal by its name, such as STOP or CONT.
 func (r *redisServer) signal(name string) {
-	r.host.command("sh", "-c", `kill -"$0" "$(cat "$1")"`, name, r.host.dir+"/"+r.port+".pid").Run()
+	r.host.command("sh", "-c", `kill -"$0" "$(cat "$1")"`, name, r.pidFile()).Run()
 }
 
 // do runs a command on the server, past the service.
@@ -579,32 +571,12 @@ func startWith(t testing.TB, change func(*config), vars ...string) *service {
 		cfg.server.bcryptCost = bcrypt.MinCost
 	}
 	change(&cfg)
-	s := &service{TB: t, dbPath: cfg.dbPath, log: &logBuffer{}, client: newClient()}
+	s := newService(t, cfg.dbPath)
+	log := slog.New(slog.NewJSONHandler(s.log, &slog.HandlerOptions{Level: cfg.logLevel}))
 	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() {
-		ended <- serve(ctx, cfg, slog.New(slog.NewJSONHandler(s.log, &slog.HandlerOptions{Level: cfg.logLevel})))
-		s.log.end()
-	}()
-	s.stop = sync.OnceFunc(func() {
-		s.client.CloseIdleConnections() // one without a request yet would hold up the end
-		cancel()
-		if err := <-ended; err != nil {
-			t.Errorf("serve: %v\n%s", err, s.log)
-		}
-		s.checkLog()
-	})
-	t.Cleanup(s.stop)
+	s.goOn(func() error { return serve(ctx, cfg, log) }, cancel)
 	s.url = "http://" + s.log.find(t, "listening")["addr"].(string)
 	return s
-}
-
-func newClient() *http.Client {
-	return &http.Client{
-		Transport:     &http.Transport{MaxIdleConnsPerHost: 1000},
-		Timeout:       30 * time.Second,
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
 }
 
 // startProcess runs the program as a process of its own, so that it can be killed. bcrypt's cost is 10 unless
@@ -618,7 +590,6 @@ func startProcess(t testing.TB, vars ...string) *service {
 func startLimited(t testing.TB, limit string, vars ...string) *service {
 	t.Helper()
 	s := newProcess(t, limit, vars...)
-	s.process.Stderr = s.log
 	s.launch()
 	s.url = "http://" + s.log.find(t, "listening")["addr"].(string)
 	return s
@@ -629,31 +600,45 @@ func newProcess(t testing.TB, command string, vars ...string) *service {
 	t.Helper()
 	env := environ(t, append([]string{"BCRYPT_COST=10"}, vars...))
 	maps.DeleteFunc(env, func(_, value string) bool { return value == untuned })
-	s := &service{TB: t, dbPath: env["DB_PATH"], log: &logBuffer{}, client: newClient()}
+	s := newService(t, env["DB_PATH"])
 	s.process = exec.Command("sh", "-c", command+` && exec "$0"`, os.Args[0])
 	s.process.Env = append(os.Environ(), programEnv+"=1")
 	for name, value := range env {
 		s.process.Env = append(s.process.Env, name+"="+value)
 	}
+	s.process.Stderr = s.log
 	return s
 }
 
-// launch starts the process, and at the test's end stops it and looks through its log.
 func (s *service) launch() {
 	s.Helper()
 	if err := s.process.Start(); err != nil {
 		s.Fatal(err)
 	}
-	exited := make(chan error, 1)
+	s.goOn(s.process.Wait, func() { s.process.Process.Signal(syscall.SIGTERM) }) // as docker stop does
+}
+
+func newService(t testing.TB, dbPath string) *service {
+	client := &http.Client{
+		Transport:     &http.Transport{MaxIdleConnsPerHost: 1000},
+		Timeout:       30 * time.Second,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	return &service{TB: t, dbPath: dbPath, log: &logBuffer{}, client: client}
+}
+
+// goOn lets the service run until s.stop, or the test's end, tells it to end.
+func (s *service) goOn(run func() error, end func()) {
+	ended := make(chan error, 1)
 	go func() {
-		exited <- s.process.Wait()
+		ended <- run()
 		s.log.end()
 	}()
 	s.stop = sync.OnceFunc(func() {
-		s.client.CloseIdleConnections()
-		s.process.Process.Signal(syscall.SIGTERM) // as docker stop does
-		if err := <-exited; err != nil && !s.isFaulty() {
-			s.Errorf("exit: %v\n%s", err, s.log)
+		s.client.CloseIdleConnections() // one without a request yet would hold up the end
+		end()
+		if err := <-ended; err != nil && !s.isFaulty() {
+			s.Errorf("the end: %v\n%s", err, s.log)
 		}
 		s.checkLog()
 	})
@@ -4930,7 +4915,7 @@ func runOn(t *testing.T, path string, message ...string) {
 		return
 	}
 	for _, part := range append(message, "DB_PATH", path) {
-		if !strings.Contains(stderr.String(), part) {
+		if !strings.Contains(strings.ReplaceAll(stderr.String(), `\"`, `"`), part) { // it is JSON
 			t.Errorf("want %s in: %s", part, &stderr)
 		}
 	}
@@ -5359,7 +5344,7 @@ func TestRollingOutLosesNoRequest(t *testing.T) {
 		_, id := s.register(newEmail())
 		var answered, ready atomic.Int64
 		together(32, func(int) {
-			client := newClient() // with a connection of its own
+			client := &http.Client{Transport: &http.Transport{}} // with a connection of its own
 			defer client.CloseIdleConnections()
 			for i := 1; ; i++ {
 				req, _ := http.NewRequest("GET", s.url+"/user", nil)
