@@ -169,14 +169,14 @@ func read[T any](env *environment, name, fallback string, parse func(string) (T,
 	return value
 }
 
-// checkText refuses what no value means and nobody sees, such as the CR of an env file with CRLF: DB_PATH would
-// name another file. The error tells nothing of the text, which may hold a password.
+// checkText refuses what no value means and nobody sees: with the CR of an env file, DB_PATH would name
+// another file. The error tells nothing of the text, which may hold a password.
 func checkText(text string) error {
 	if strings.ContainsFunc(text, unicode.IsControl) {
-		return errors.New("the value has a control character, such as the CR of a line that ends in CRLF: want none")
+		return errors.New("it has a control character, such as a CR at its end: none is allowed")
 	}
 	if strings.TrimSpace(text) != text {
-		return errors.New("the value begins or ends with white space: want none there")
+		return errors.New("it begins or ends with white space: none is allowed there")
 	}
 	return nil
 }
@@ -308,8 +308,8 @@ func serve(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	defer sessions.Close()
 	s := newServer(cfg.server, db, sessions, log)
-	var listening net.ListenConfig
-	tcp, err := listening.Listen(ctx, "tcp", cfg.addr)
+	var listen net.ListenConfig // unlike net.Listen, it heeds ctx while it looks up a name
+	tcp, err := listen.Listen(ctx, "tcp", cfg.addr)
 	if err != nil {
 		return fmt.Errorf("ADDR=%q: %w", cfg.addr, err)
 	}
@@ -328,7 +328,7 @@ func serve(ctx context.Context, cfg config, log *slog.Logger) error {
 	log.Info("listening", "addr", tcp.Addr().String(), "accounts", cfg.dbPath, "sessions", backend,
 		"version", buildVersion())
 	var trial sync.WaitGroup
-	defer trial.Wait()
+	defer trial.Wait() // some seconds at most; cut short, it would leave a session
 	trial.Go(func() { trySession(context.WithoutCancel(ctx), sessions, log) })
 	return serveHTTP(ctx, &listener{Listener: tcp, repeats: s.repeats}, s, cfg.stopDelay, log)
 }
@@ -352,9 +352,9 @@ func trySession(ctx context.Context, sessions SessionStore, log *slog.Logger) {
 	}
 }
 
-// serveHTTP serves until ctx ends, then drains: for stopDelay it still takes connections, and each answer says
-// that it is the connection's last. The requests' contexts are not ctx's children: draining must finish what
-// runs, not cancel it.
+// serveHTTP serves until ctx ends, then drains. For stopDelay it still takes connections, but each answer
+// says that it is the connection's last. The requests' contexts are not ctx's children: draining must finish
+// what runs, not cancel it.
 func serveHTTP(
 	ctx context.Context, listener net.Listener, s *server, stopDelay time.Duration, log *slog.Logger,
 ) error {
@@ -399,8 +399,8 @@ func serveHTTP(
 func serveDebug(
 	ctx context.Context, addr string, s *server, metrics func() map[string]int64, log *slog.Logger,
 ) (*http.Server, error) {
-	var listening net.ListenConfig
-	listener, err := listening.Listen(ctx, "tcp", addr)
+	var listen net.ListenConfig
+	listener, err := listen.Listen(ctx, "tcp", addr)
 	if err != nil {
 		return nil, err
 	}
@@ -422,7 +422,7 @@ func serveDebug(
 	return debugServer, nil
 }
 
-// writeVars writes what expvar.Handler would: expvar's own variables and ours. Ours are not published, since a
+// writeVars writes what expvar.Handler would: expvar's own variables and ours. Ours are not published: a
 // process may serve more than once, and a name can be published only once.
 func writeVars(w http.ResponseWriter, s *server, metrics func() map[string]int64) {
 	service := map[string]any{}
