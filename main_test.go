@@ -969,6 +969,7 @@ func serveOne(s *server, method, path, body string, header ...string) *httptest.
 
 // mapSessions is a session backend in a few lines, which shows that one can be plugged in.
 type mapSessions struct {
+	fail     func(method string) error // asked first by each method, which fails with its answer
 	mu       sync.Mutex
 	sessions map[string]mapSession
 }
@@ -978,9 +979,26 @@ type mapSession struct {
 	ends time.Time
 }
 
-func newMapSessions() *mapSessions { return &mapSessions{sessions: map[string]mapSession{}} }
+func newMapSessions() *mapSessions { return newFailingSessions(func(string) error { return nil }) }
+
+func newFailingSessions(fail func(method string) error) *mapSessions {
+	return &mapSessions{fail: fail, sessions: map[string]mapSession{}}
+}
+
+// failing is what newFailingSessions takes to break one method.
+func failing(method string, err error) func(string) error {
+	return func(called string) error {
+		if called == method {
+			return err
+		}
+		return nil
+	}
+}
 
 func (m *mapSessions) Create(_ context.Context, id string, user User, ttl time.Duration) error {
+	if err := m.fail("Create"); err != nil {
+		return err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.sessions[id] = mapSession{user, time.Now().Add(ttl)}
@@ -988,6 +1006,9 @@ func (m *mapSessions) Create(_ context.Context, id string, user User, ttl time.D
 }
 
 func (m *mapSessions) Get(_ context.Context, id string) (User, error) {
+	if err := m.fail("Get"); err != nil {
+		return User{}, err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if s, ok := m.sessions[id]; ok && time.Now().Before(s.ends) {
@@ -996,18 +1017,30 @@ func (m *mapSessions) Get(_ context.Context, id string) (User, error) {
 	return User{}, errNoSession
 }
 
+// Delete heeds a client that has left.
 func (m *mapSessions) Delete(ctx context.Context, id string) error {
-	if _, err := m.Get(ctx, id); err != nil {
+	if err := cmp.Or(m.fail("Delete"), ctx.Err()); err != nil {
 		return err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	s, ok := m.sessions[id]
 	delete(m.sessions, id)
+	if !ok || !time.Now().Before(s.ends) {
+		return errNoSession
+	}
 	return nil
 }
 
-func (m *mapSessions) Ping(context.Context) error { return nil }
+func (m *mapSessions) Ping(context.Context) error { return m.fail("Ping") }
 func (m *mapSessions) Close() error               { return nil }
+
+// ids returns the ids of the sessions that there are.
+func (m *mapSessions) ids() []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Sorted(maps.Keys(m.sessions))
+}
 
 // each runs a test on the service with either session backend.
 func each(t *testing.T, test func(t *testing.T, backend string)) {
@@ -1209,55 +1242,12 @@ func TestStartSaysWhatIsInUse(t *testing.T) {
 	}
 }
 
-// hookedSessions is a store that a test watches and breaks: each method asks before, and fails with the answer.
-type hookedSessions struct {
-	*mapSessions
-	before func(method, id string) error
-}
-
-func newHookedSessions() *hookedSessions {
-	return &hookedSessions{newMapSessions(), func(string, string) error { return nil }}
-}
-
-// fail makes the next call of a method fail.
-func (h *hookedSessions) fail(method string, err error) {
-	h.before = func(called, _ string) error {
-		if called != method {
-			return nil
-		}
-		method = ""
-		return err
-	}
-}
-
-func (h *hookedSessions) Create(ctx context.Context, id string, user User, ttl time.Duration) error {
-	if err := h.before("Create", id); err != nil {
-		return err
-	}
-	return h.mapSessions.Create(ctx, id, user, ttl)
-}
-
-func (h *hookedSessions) Get(ctx context.Context, id string) (User, error) {
-	if err := h.before("Get", id); err != nil {
-		return User{}, err
-	}
-	return h.mapSessions.Get(ctx, id)
-}
-
-func (h *hookedSessions) Delete(ctx context.Context, id string) error {
-	if err := h.before("Delete", id); err != nil {
-		return err
-	}
-	return h.mapSessions.Delete(ctx, id)
-}
-
 func TestTheStartTriesASessionAndLeavesNone(t *testing.T) {
 	const refused = "session store refuses a trial session, answering 503 to what it refuses"
 	const away = "session store out of reach, answering 503 until it is back"
 	for _, method := range []string{"Create", "Get", "Delete"} {
 		for cause, want := range map[error]string{unavailable(redis.Error("NOPERM")): refused, unavailable(io.EOF): away} {
-			sessions := newHookedSessions()
-			sessions.fail(method, cause)
+			sessions := newFailingSessions(failing(method, cause))
 			log := &logBuffer{}
 			trySession(t.Context(), sessions, slog.New(slog.NewJSONHandler(log, nil)))
 			if log.find(t, want)["err"] != cause.Error() {
@@ -1627,7 +1617,8 @@ func TestTheWatchIsSparedForLookupsAndKeptForSignIns(t *testing.T) {
 		{what: "a lookup after a sign-in", before: signIn, request: lookup, watched: false},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			sessions := newHookedSessions()
+			wait := func() {}
+			sessions := newFailingSessions(func(string) error { wait(); return nil })
 			s := testServer(openTestDatabase(t), sessions, io.Discard)
 			conn := servePipes(t, s)()
 			answers := bufio.NewReader(conn)
@@ -1637,7 +1628,7 @@ func TestTheWatchIsSparedForLookupsAndKeptForSignIns(t *testing.T) {
 				synctest.Wait() // or the next request may come before its watch has ended
 			}
 			goOn := make(chan struct{})
-			sessions.before = func(string, string) error { <-goOn; return nil }
+			wait = func() { <-goOn }
 			slot := s.gate.enterIfIdle()
 			io.WriteString(conn, tt.request)
 			synctest.Wait()
@@ -1909,18 +1900,18 @@ func TestAnEmailRegistersOnce(t *testing.T) {
 
 func TestASessionWhoseCreationWasLostIsMadeOnceMoreUnderAnotherID(t *testing.T) {
 	for lost, want := range map[int]int{1: 201, 2: 503} {
-		var ids []string
-		sessions := newHookedSessions()
-		sessions.before = func(_, id string) error {
-			ids = append(ids, id)
-			if len(ids) <= lost {
+		creations := 0
+		sessions := newFailingSessions(func(string) error {
+			creations++
+			if creations <= lost {
 				return errLost
 			}
 			return nil
-		}
+		})
 		w := serveOne(testServer(openTestDatabase(t), sessions, io.Discard), "POST", "/user", formWith("name", "Ada"))
-		if w.Code != want || len(ids) != 2 || ids[0] == ids[1] || want == 201 && !strings.Contains(w.Body.String(), ids[1]) {
-			t.Errorf("POST /user, %d answers lost: status %d, ids %v, want %d: %s", lost, w.Code, ids, want, w.Body)
+		if w.Code != want || creations != 2 {
+			t.Errorf("POST /user, %d answers lost: status %d, %d creations, want %d and 2: %s",
+				lost, w.Code, creations, want, w.Body)
 		}
 	}
 }
@@ -1972,8 +1963,7 @@ func TestCookiesFollowTheConfiguration(t *testing.T) {
 
 func TestOfSeveralCookiesTheFirstThatIsAUUIDCounts(t *testing.T) {
 	calls := 0
-	sessions := newHookedSessions()
-	sessions.before = func(string, string) error { calls++; return nil }
+	sessions := newFailingSessions(func(string) error { calls++; return nil })
 	s := testServer(openTestDatabase(t), sessions, io.Discard)
 	id := newUUID()
 	type effect struct{ status, calls int }
@@ -1987,7 +1977,7 @@ func TestOfSeveralCookiesTheFirstThatIsAUUIDCounts(t *testing.T) {
 	} {
 		for _, header := range headers {
 			for route, status := range map[string]int{"GET /user": want.status, "DELETE /user/session": 204} {
-				sessions.mapSessions.Create(t.Context(), id, testUser(1), time.Hour)
+				sessions.Create(t.Context(), id, testUser(1), time.Hour)
 				calls = 0
 				method, path, _ := strings.Cut(route, " ")
 				w := serveOne(s, method, path, "", strings.Split(header, "\n")...)
@@ -2117,11 +2107,18 @@ func TestAnOutageIs503AndLogged(t *testing.T) {
 		} {
 			what := fmt.Sprintf("%s %s, %s at %s", tt.method, tt.path, msg, tt.fails)
 			log := &logBuffer{}
-			sessions := newHookedSessions()
+			fails := ""
+			sessions := newFailingSessions(func(method string) error {
+				if method != fails {
+					return nil
+				}
+				fails = "" // once
+				return cause
+			})
 			s := testServer(openTestDatabase(t), sessions, log)
 			var first registration
 			json.Unmarshal(serveOne(s, "POST", "/user", credentials(email, password)).Body.Bytes(), &first)
-			sessions.fail(tt.fails, cause)
+			fails = tt.fails
 			w := serveOne(s, tt.method, tt.path, credentials(tt.email, password), cookie(first.SessionID))
 			s.finish(t.Context())
 			checkReply(t, what, &reply{status: w.Code, header: w.Header(), body: w.Body.String()})
@@ -2174,7 +2171,8 @@ func (b *bcryptWatch) compare(hash, password []byte) error {
 type insider struct {
 	*service
 	server   *server
-	sessions *fragileSessions
+	sessions *mapSessions
+	trouble  func(method string) error // of the sessions
 	bcrypt   *bcryptWatch
 }
 
@@ -2182,10 +2180,11 @@ func newInsider(t testing.TB, bcryptSlots, bcryptCost int) *insider {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "users.db")
 	s := &insider{
-		service:  &service{TB: t, dbPath: path, log: &logBuffer{}},
-		sessions: &fragileSessions{newMapSessions(), func() error { return nil }},
-		bcrypt:   &bcryptWatch{before: func(string) {}},
+		service: &service{TB: t, dbPath: path, log: &logBuffer{}},
+		trouble: func(string) error { return nil },
+		bcrypt:  &bcryptWatch{before: func(string) {}},
 	}
+	s.sessions = newFailingSessions(func(method string) error { return s.trouble(method) })
 	db, err := openDatabase(path)
 	if err != nil {
 		t.Fatal(err)
@@ -2262,24 +2261,6 @@ func (s *insider) failures(n int, account string) {
 }
 
 func clientAt(addr string) client { return client{addr: netip.MustParseAddr(addr), named: true} }
-
-// fragileSessions have their trouble once a session is made, and heed a client that leaves.
-type fragileSessions struct {
-	*mapSessions
-	trouble func() error
-}
-
-func (f *fragileSessions) Create(ctx context.Context, id string, user User, ttl time.Duration) error {
-	f.mapSessions.Create(ctx, id, user, ttl)
-	return f.trouble()
-}
-
-func (f *fragileSessions) Delete(ctx context.Context, id string) error {
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	return f.mapSessions.Delete(ctx, id)
-}
 
 // occupy takes every slot for bcrypt, and returns what gives them back.
 func occupy(g *gate) (leave func()) {
@@ -2462,7 +2443,7 @@ func TestTriesAtTheSameMomentWaitForEachOther(t *testing.T) {
 func TestATryWithoutAVerdictCountsNothing(t *testing.T) {
 	t.Parallel()
 	busy := func(s *insider) { occupy(s.server.gate) }
-	noSessions := func(s *insider) { s.sessions.trouble = func() error { return errUnavailable } }
+	noSessions := func(s *insider) { s.trouble = failing("Create", errUnavailable) }
 	brokenFile := func(s *insider) {
 		s.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
 		os.WriteFile(s.dbPath, slices.Repeat([]byte("no database "), 1000), 0o600)
@@ -2676,7 +2657,7 @@ func TestWhatClientsRepeatIsLoggedOnceASecond(t *testing.T) {
 	} {
 		virtually(t, tt.msg, 1, func(s *insider) {
 			s.expectErrors()
-			s.sessions.trouble = func() error { return tt.trouble }
+			s.trouble = failing("Create", tt.trouble)
 			s.failures(10, adaEmail)
 			if tt.msg == "too busy" {
 				for range maxLine {
@@ -2907,8 +2888,8 @@ func TestWhatAClientThatLeftAskedForLeavesNoHalves(t *testing.T) {
 				s.addAccount(adaEmail, bcrypt.MinCost)
 			}
 			ctx, hangUp := context.WithCancel(s.Context())
-			s.sessions.trouble = func() error {
-				if tt.hasRival {
+			s.trouble = func(method string) error {
+				if method == "Create" && tt.hasRival {
 					s.addAccount(adaEmail, bcrypt.MinCost)
 				}
 				hangUp()
@@ -2917,7 +2898,7 @@ func TestWhatAClientThatLeftAskedForLeavesNoHalves(t *testing.T) {
 			a := s.request(ctx, oneAddr, tt.route, adaEmail, password, tt.cookie)
 			s.server.finish(s.Context())
 			accounts := query[int](s.service, `SELECT count(*) FROM users`)
-			if sessions := len(s.sessions.sessions) - 1; accounts != 1 || sessions != tt.sessions {
+			if sessions := len(s.sessions.ids()) - 1; accounts != 1 || sessions != tt.sessions {
 				s.Errorf("status %d, %d accounts and %d new sessions, want 1 and %d",
 					a.status, accounts, sessions, tt.sessions)
 			}
