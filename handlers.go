@@ -55,11 +55,13 @@ type server struct {
 	draining    atomic.Bool    // the service is about to stop: each answer closes its connection
 	background  sync.WaitGroup // work that goes on after its answer
 	warnOfProxy sync.Once
-	answers     map[answerKind]*atomic.Int64
+	started     time.Time
+	inFlight    atomic.Int64 // requests
+	answers     sync.Map     // of answerKind to *atomic.Int64
 	events      serverEvents
 }
 
-// answerKind is the key of the counters of answers.
+// answerKind is what answers are counted by.
 type answerKind struct {
 	pattern string // of the route, "" where there is none
 	status  int
@@ -91,9 +93,8 @@ func newServer(cfg serverConfig, db *database, sessions SessionStore, log *slog.
 		repeats:  newRepeats(log),
 		mux:      http.NewServeMux(),
 		paths:    map[string]bool{},
-		answers:  map[answerKind]*atomic.Int64{},
+		started:  time.Now(),
 	}
-	s.countAnswersOf("") // what has no route
 	s.route("/user", map[string]handler{"GET": s.showUser, "POST": s.register})
 	s.route("/user/signin", map[string]handler{"POST": s.signIn})
 	s.route("/user/session", map[string]handler{"DELETE": s.signOut})
@@ -120,49 +121,51 @@ func (s *server) route(path string, methods map[string]handler) {
 }
 
 func (s *server) handle(pattern string, handle handler) {
-	s.countAnswersOf(pattern)
 	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 		status, body, err := handle(w, r)
 		s.answer(w, r, status, body, err)
 	})
 }
 
-// countAnswersOf makes the counters of a pattern's answers. All are made at the start, so requests read the
-// map without a lock.
-func (s *server) countAnswersOf(pattern string) {
-	for _, status := range []int{200, 201, 204, 400, 401, 403, 404, 405, 409, 413, 415, 429, 500, 503} {
-		s.answers[answerKind{pattern, status}] = new(atomic.Int64)
+func (s *server) countAnswer(kind answerKind) {
+	count, ok := s.answers.Load(kind)
+	if !ok {
+		count, _ = s.answers.LoadOrStore(kind, new(atomic.Int64))
 	}
+	count.(*atomic.Int64).Add(1)
 }
 
-// metrics returns what was counted since the start, and what is going on, by name.
-func (s *server) metrics() map[string]int64 {
+// metrics returns by name what was counted since the start (…_total), and what is going on.
+func (s *server) metrics() map[string]any {
 	running, waiting := s.gate.load()
-	m := map[string]int64{
-		"session lookups":   s.events.lookups.Load(),
-		"registered":        s.events.registered.Load(),
-		"signed in":         s.events.signedIn.Load(),
-		"signed out":        s.events.signedOut.Load(),
-		"sign-ins refused":  s.events.refused.Load(),
-		"throttled":         s.events.throttled.Load(),
-		"too busy":          s.events.tooBusy.Load(),
-		"store errors":      s.events.storeErrors.Load(),
-		"bcrypts running":   int64(running),
-		"bcrypts waited on": int64(waiting),
+	answers := map[string]int64{}
+	for kind, count := range s.answers.Range {
+		name := fmt.Sprintf("%s %d", kind.(answerKind).pattern, kind.(answerKind).status)
+		answers[strings.TrimSpace(name)] = count.(*atomic.Int64).Load()
 	}
-	for kind, count := range s.answers {
-		if n := count.Load(); n > 0 {
-			m[strings.TrimSpace(fmt.Sprintf("%s %d", kind.pattern, kind.status))] = n
-		}
+	return map[string]any{
+		"session_lookups_total":  s.events.lookups.Load(),
+		"registered_total":       s.events.registered.Load(),
+		"signed_in_total":        s.events.signedIn.Load(),
+		"signed_out_total":       s.events.signedOut.Load(),
+		"sign_ins_refused_total": s.events.refused.Load(),
+		"throttled_total":        s.events.throttled.Load(),
+		"too_busy_total":         s.events.tooBusy.Load(),
+		"store_errors_total":     s.events.storeErrors.Load(),
+		"answers_total":          answers,
+		"bcrypts_running":        running,
+		"sign_ins_waiting":       waiting,
+		"requests_in_flight":     s.inFlight.Load(),
+		"uptime_seconds":         time.Since(s.started).Seconds(),
 	}
-	return m
 }
-
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.inFlight.Add(1)
 	defer func() {
 		if p := recover(); p != nil {
 			s.answer(w, r, 0, nil, fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
 		}
+		s.inFlight.Add(-1)
 	}()
 	path := canonicalPath(r.URL)
 	if s.crossOrigin.Check(r) != nil {
@@ -206,9 +209,7 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, status int, body
 		body = p
 		contentType = "application/problem+json"
 	}
-	if count := s.answers[answerKind{r.Pattern, status}]; count != nil {
-		count.Add(1)
-	}
+	s.countAnswer(answerKind{r.Pattern, status})
 	if body == nil {
 		w.WriteHeader(status)
 		return

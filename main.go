@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	_ "net/http/pprof" // on DefaultServeMux, as expvar; only serveDebug serves it
@@ -492,7 +491,9 @@ func serveDebug(addr string, s *server, stats func() map[string]int64, log *slog
 	}
 	expvar.Publish("service", expvar.Func(func() any {
 		metrics := s.metrics()
-		maps.Copy(metrics, stats())
+		for name, n := range stats() {
+			metrics[name] = n
+		}
 		return metrics
 	}))
 	expvar.NewString("version").Set(buildVersion())

@@ -1285,9 +1285,10 @@ func TestDebugAddressIsTheOnlyOneThatServesDebug(t *testing.T) {
 	var vars struct{ Service map[string]float64 }
 	json.Unmarshal(text, &vars)
 	for name, want := range map[string]float64{
-		"GET /user 200": 1, "POST /user 201": 1, "404": 3, "session lookups": 1, "registered": 1, "signed in": 0,
-		"signed out": 0, "sign-ins refused": 0, "throttled": 0, "too busy": 0, "store errors": 0, "bcrypts running": 0,
-		"bcrypts waited on": 0, "redis operations": 5, "redis flushes": 5, "redis retries": 0, "redis dials": 1,
+		"session_lookups_total": 1, "registered_total": 1, "signed_in_total": 0,
+		"signed_out_total": 0, "sign_ins_refused_total": 0, "throttled_total": 0, "too_busy_total": 0,
+		"store_errors_total": 0, "bcrypts_running": 0,
+		"sign_ins_waiting": 0, "redis operations": 5, "redis flushes": 5, "redis retries": 0, "redis dials": 1,
 	} {
 		if got, ok := vars.Service[name]; !ok || got != want {
 			t.Errorf("%s is %v (%t), want %v", name, got, ok, want)
