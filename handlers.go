@@ -786,7 +786,7 @@ func (s *server) problemOf(r *http.Request, err error) *problem {
 		s.repeats.log(slog.LevelError, "store out of reach", "err", err)
 		return s.storeProblem()
 	}
-	s.log.Error("request failed", "method", r.Method, "path", r.URL.Path, "err", err)
+	s.repeats.log(slog.LevelError, "request failed", "method", r.Method, "path", r.URL.Path, "err", err)
 	return newProblem(http.StatusInternalServerError, "The service failed. The fault is logged.")
 }
 
@@ -864,60 +864,63 @@ func parseHop(text string) (netip.Addr, bool) {
 // plainAddr returns an IPv4 address as such, and any without its zone.
 func plainAddr(addr netip.Addr) netip.Addr { return addr.Unmap().WithZone("") }
 
-// repeats logs each message at most once a second, with the number of events since. It is for what clients
-// can cause at will.
+// repeats logs each message at most once a second, with the number of events since its last line. It is for
+// what clients can cause at will.
 type repeats struct {
 	logger *slog.Logger
 	mu     sync.Mutex
-	recent map[string]*repeated // by message: logged less than a second ago
+	lines  map[string]*repeated // by message
 }
 
 // repeated is a message, and what has happened since its last line.
 type repeated struct {
-	level slog.Level
-	count int
-	args  []any // of the latest event
+	level  slog.Level
+	args   []any // of the latest event
+	count  int
+	recent bool // the last line is less than a second old
 }
 
 func newRepeats(logger *slog.Logger) *repeats {
-	return &repeats{logger: logger, recent: map[string]*repeated{}}
+	return &repeats{logger: logger, lines: map[string]*repeated{}}
 }
 
-func (l *repeats) log(level slog.Level, msg string, args ...any) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if event := l.recent[msg]; event != nil {
-		event.count++
-		event.args = args
+func (r *repeats) log(level slog.Level, msg string, args ...any) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	line := r.lines[msg]
+	if line == nil {
+		line = &repeated{}
+		r.lines[msg] = line
+	}
+	line.level = level
+	line.args = args
+	line.count++
+	if !line.recent {
+		r.write(msg, line)
+	}
+}
+
+// write writes what has happened, if anything has, and does so again in a second. The caller holds r.mu.
+func (r *repeats) write(msg string, line *repeated) {
+	line.recent = line.count > 0
+	if line.count == 0 {
 		return
 	}
-	l.write(msg, &repeated{level: level, count: 1, args: args})
+	r.logger.Log(context.Background(), line.level, msg, append(line.args, "count", line.count)...)
+	line.count = 0
+	time.AfterFunc(time.Second, func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.write(msg, line)
+	})
 }
 
-// write logs a message, which is not logged again for a second. The caller holds l.mu.
-func (l *repeats) write(msg string, event *repeated) {
-	l.logger.Log(context.Background(), event.level, msg, append(event.args, "count", event.count)...)
-	l.recent[msg] = &repeated{level: event.level}
-	time.AfterFunc(time.Second, func() { l.endSecond(msg) })
-}
-
-func (l *repeats) endSecond(msg string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	event := l.recent[msg]
-	delete(l.recent, msg)
-	if event != nil && event.count > 0 {
-		l.write(msg, event)
-	}
-}
-
-// flush logs what has not been yet, at the end of the service.
-func (l *repeats) flush() {
-	l.mu.Lock()
-	messages := slices.Sorted(maps.Keys(l.recent))
-	l.mu.Unlock()
-	for _, msg := range messages {
-		l.endSecond(msg)
+// flush writes what has not been written yet, at the end of the service.
+func (r *repeats) flush() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, msg := range slices.Sorted(maps.Keys(r.lines)) {
+		r.write(msg, r.lines[msg])
 	}
 }
 
