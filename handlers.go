@@ -195,7 +195,11 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, status int, body
 	header := w.Header()
 	header["Cache-Control"] = []string{"no-store"}
 	header["X-Content-Type-Options"] = []string{"nosniff"}
-	if s.draining.Load() {
+	// Before net/http sends an answer it reads what is left of the request's body, so that it finds the
+	// next request. Some proxies announce a body and send none. No method but POST has one, so the others
+	// do not wait for it: nothing on that connection is taken for a next request.
+	hasBody := r.ContentLength != 0 && r.Method != http.MethodPost
+	if hasBody || s.draining.Load() {
 		header["Connection"] = []string{"close"}
 	}
 	contentType := "application/json"

@@ -2023,6 +2023,52 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
+// A body that is announced may not come, or be a request itself.
+func TestWhatNeedsNoBodyIsAnsweredAtOnce(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	_, id := s.register(newEmail())
+	smuggled := httpText("DELETE /user/session", "", cookie(id))
+	for _, body := range []string{
+		"Content-Length: 77\r\n\r\n",
+		"Content-Length: 1000000\r\n\r\n",
+		"Content-Length: 77\r\nExpect: 100-continue\r\n\r\n",
+		"Transfer-Encoding: chunked\r\n\r\n",
+		"Transfer-Encoding: chunked\r\n\r\n5\r\nabc",
+		"Content-Length: 1000\r\n\r\n" + smuggled,
+		"Content-Length: 2\r\n\r\n{}" + smuggled,
+	} {
+		for route, want := range map[string]int{
+			"GET /user": 200, "HEAD /user": 200, "DELETE /user/session": 204, "PUT /user": 405, "GET /": 404,
+		} {
+			what := fmt.Sprintf("%s %.60q", route, body)
+			method, _, _ := strings.Cut(route, " ")
+			own := id
+			if method == "DELETE" {
+				own = newUUID()
+			}
+			conn := s.dialRaw()
+			began := time.Now()
+			io.WriteString(conn, route+" HTTP/1.1\r\nHost: x\r\n"+cookie(own)+"\r\n"+body)
+			answers := bufio.NewReader(conn)
+			a, err := http.ReadResponse(answers, &http.Request{Method: method})
+			if err != nil {
+				t.Fatalf("%s: %v", what, err)
+			}
+			text, _ := io.ReadAll(a.Body)
+			if took := time.Since(began); a.StatusCode != want || !a.Close || took > 2*time.Second {
+				t.Errorf("%s: status %d after %v, close %t, want %d at once, and close: %s",
+					what, a.StatusCode, took, a.Close, want, text)
+			}
+			conn.(*net.TCPConn).CloseWrite()
+			if rest, _ := io.ReadAll(answers); len(rest) > 0 {
+				t.Errorf("%s: a second answer: %s", what, rest)
+			}
+		}
+	}
+	s.want(200, id)
+}
+
 func TestBrowsersOnOtherSitesAreRefused(t *testing.T) {
 	t.Parallel()
 	s := start(t)
