@@ -407,8 +407,13 @@ func (s *server) signOut(w http.ResponseWriter, r *http.Request) (int, any, erro
 	return http.StatusNoContent, nil, nil
 }
 
-// health asks both stores at the same time, so that two slow ones still answer within storeTimeout.
+// health asks both stores at the same time, so that two slow ones still answer within storeTimeout. It sends
+// balancers away once the service is about to stop.
 func (s *server) health(w http.ResponseWriter, r *http.Request) (int, any, error) {
+	if s.draining.Load() {
+		return 0, nil, retryLater(http.StatusServiceUnavailable, 2*time.Second,
+			"The service is about to stop.")
+	}
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
 	sessions := make(chan error, 1)

@@ -2023,6 +2023,18 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
+func TestAServiceThatIsAboutToStopSaysSo(t *testing.T) {
+	s := testServer(openTestDatabase(t), newMapSessions(), io.Discard)
+	s.draining.Store(true)
+	for path, want := range map[string]int{"/healthz": 503, "/user": 401} {
+		w := serveOne(s, "GET", path, "")
+		checkReply(t, path, &reply{status: w.Code, header: w.Header(), body: w.Body.String()})
+		if w.Code != want || w.Header().Get("Connection") != "close" {
+			t.Errorf("GET %s: status %d, %v, want %d and close", path, w.Code, w.Header(), want)
+		}
+	}
+}
+
 // A body that is announced may not come, or be a request itself.
 func TestWhatNeedsNoBodyIsAnsweredAtOnce(t *testing.T) {
 	t.Parallel()
