@@ -43,8 +43,8 @@ type serverConfig struct {
 // server answers requests.
 type server struct {
 	cfg         serverConfig
-	db          *database
-	sessions    SessionStore
+	accounts    *watchedAccounts
+	sessions    *watchedSessions
 	gate        *gate
 	throttle    *throttle
 	log         *slog.Logger
@@ -69,28 +69,28 @@ type answerKind struct {
 
 // serverEvents counts since the start.
 type serverEvents struct {
-	lookups     atomic.Int64 // sessions that the store was asked for
-	registered  atomic.Int64
-	signedIn    atomic.Int64
-	signedOut   atomic.Int64
-	refused     atomic.Int64 // sign-ins with a wrong email or password
-	throttled   atomic.Int64
-	tooBusy     atomic.Int64
-	storeErrors atomic.Int64
+	lookups    atomic.Int64 // sessions that the store was asked for
+	registered atomic.Int64
+	signedIn   atomic.Int64
+	signedOut  atomic.Int64
+	refused    atomic.Int64 // sign-ins with a wrong email or password
+	throttled  atomic.Int64
+	tooBusy    atomic.Int64
 }
 
 // handler returns the status and the JSON of an answer, or an error, which becomes a problem.
 type handler func(w http.ResponseWriter, r *http.Request) (status int, body any, err error)
 
 func newServer(cfg serverConfig, db *database, sessions SessionStore, log *slog.Logger) *server {
+	repeats := newRepeats(log)
 	s := &server{
 		cfg:      cfg,
-		db:       db,
-		sessions: sessions,
+		accounts: &watchedAccounts{db, &storeWatch{store: "accounts", log: log, repeats: repeats}},
+		sessions: &watchedSessions{sessions, &storeWatch{store: "sessions", log: log, repeats: repeats}},
 		gate:     newGate(cfg.bcryptSlots),
 		throttle: newThrottle(),
 		log:      log,
-		repeats:  newRepeats(log),
+		repeats:  repeats,
 		mux:      http.NewServeMux(),
 		paths:    map[string]bool{},
 		started:  time.Now(),
@@ -144,19 +144,22 @@ func (s *server) metrics() map[string]any {
 		answers[strings.TrimSpace(name)] = count.(*atomic.Int64).Load()
 	}
 	return map[string]any{
-		"session_lookups_total":  s.events.lookups.Load(),
-		"registered_total":       s.events.registered.Load(),
-		"signed_in_total":        s.events.signedIn.Load(),
-		"signed_out_total":       s.events.signedOut.Load(),
-		"sign_ins_refused_total": s.events.refused.Load(),
-		"throttled_total":        s.events.throttled.Load(),
-		"too_busy_total":         s.events.tooBusy.Load(),
-		"store_errors_total":     s.events.storeErrors.Load(),
-		"answers_total":          answers,
-		"bcrypts_running":        running,
-		"sign_ins_waiting":       waiting,
-		"requests_in_flight":     s.inFlight.Load(),
-		"uptime_seconds":         time.Since(s.started).Seconds(),
+		"session_lookups_total":      s.events.lookups.Load(),
+		"registered_total":           s.events.registered.Load(),
+		"signed_in_total":            s.events.signedIn.Load(),
+		"signed_out_total":           s.events.signedOut.Load(),
+		"sign_ins_refused_total":     s.events.refused.Load(),
+		"throttled_total":            s.events.throttled.Load(),
+		"too_busy_total":             s.events.tooBusy.Load(),
+		"session_store_errors_total": s.sessions.watch.errors.Load(),
+		"account_store_errors_total": s.accounts.watch.errors.Load(),
+		"answers_total":              answers,
+		"bcrypts_running":            running,
+		"sign_ins_waiting":           waiting,
+		"requests_in_flight":         s.inFlight.Load(),
+		"uptime_seconds":             time.Since(s.started).Seconds(),
+		"sessions_away_seconds":      s.sessions.watch.away().Seconds(),
+		"accounts_away_seconds":      s.accounts.watch.away().Seconds(),
 	}
 }
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -257,7 +260,7 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	if err != nil {
 		return 0, nil, err
 	}
-	err = s.db.InsertUser(ctx, user, form["email"], passwordHash)
+	err = s.accounts.InsertUser(ctx, user, form["email"], passwordHash)
 	if err == nil || errors.Is(err, errEmailTaken) {
 		try.charge()
 	}
@@ -284,7 +287,7 @@ func (s *server) newAccount(
 		return User{}, "", err
 	}
 	defer place.leave()
-	if err := s.db.EmailTaken(ctx, form["email"]); err != nil {
+	if err := s.accounts.EmailTaken(ctx, form["email"]); err != nil {
 		if errors.Is(err, errEmailTaken) {
 			try.charge()
 		}
@@ -418,7 +421,7 @@ func (s *server) health(w http.ResponseWriter, r *http.Request) (int, any, error
 	defer cancel()
 	sessions := make(chan error, 1)
 	go func() { sessions <- s.sessions.Ping(ctx) }()
-	if err := s.db.Ping(ctx); err != nil {
+	if err := s.accounts.Ping(ctx); err != nil {
 		return 0, nil, err
 	}
 	if err := <-sessions; err != nil {
@@ -486,7 +489,7 @@ func (s *server) setSessionCookie(w http.ResponseWriter, id string) {
 func (s *server) authenticate(ctx context.Context, email, password string, c client) (User, string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, queuePatience, errTooBusy)
 	defer cancel()
-	user, passwordHash, err := s.db.UserByEmail(ctx, email)
+	user, passwordHash, err := s.accounts.UserByEmail(ctx, email)
 	known := err == nil
 	account := user.ID // whose count it is, however the email was typed
 	if errors.Is(err, errUserNotFound) {
@@ -558,7 +561,7 @@ func (s *server) upgradeHash(userID, oldHash, password string) {
 		return
 	}
 	if err == nil {
-		err = s.db.ReplacePasswordHash(context.Background(), userID, oldHash, newHash)
+		err = s.accounts.ReplacePasswordHash(context.Background(), userID, oldHash, newHash)
 	}
 	if err != nil {
 		s.repeats.log(slog.LevelWarn, "password hash not upgraded", "user", userID, "err", err)
@@ -755,7 +758,8 @@ type throttledError struct {
 func (e throttledError) Error() string { return fmt.Sprintf("throttled for %v", e.wait) }
 
 // problemOf is the one place where an error becomes a status. It counts and logs what the operator should
-// know; the text of internal errors never reaches the client.
+// know, but for errors of the stores, which their storeWatch has logged. The text of internal errors never
+// reaches the client.
 func (s *server) problemOf(r *http.Request, err error) *problem {
 	if p, ok := errors.AsType[*problem](err); ok {
 		return p
@@ -784,24 +788,116 @@ func (s *server) problemOf(r *http.Request, err error) *problem {
 		s.repeats.log(slog.LevelWarn, "too busy", "path", r.URL.Path, "client", s.clientOf(r).addr)
 		return retryLater(http.StatusServiceUnavailable, 2*queuePatience,
 			"Too many people are signing in. Try again.")
-	case errors.Is(err, context.Canceled), errors.Is(err, errUnavailable) && r.Context().Err() != nil:
-		return s.storeProblem() // the client has left: nobody reads this
-	case errors.Is(err, errRefused):
-		s.events.storeErrors.Add(1)
-		s.repeats.log(slog.LevelError, "store refuses", "err", err)
-		return s.storeProblem()
-	case errors.Is(err, errUnavailable):
-		s.events.storeErrors.Add(1)
-		s.repeats.log(slog.LevelError, "store out of reach", "err", err)
-		return s.storeProblem()
+	case errors.Is(err, errUnavailable), errors.Is(err, context.Canceled): // the client has left
+		return retryLater(http.StatusServiceUnavailable, 2*time.Second,
+			"The service cannot reach its data. Try again.")
 	}
 	s.repeats.log(slog.LevelError, "request failed", "method", r.Method, "path", r.URL.Path, "err", err)
 	return newProblem(http.StatusInternalServerError, "The service failed. The fault is logged.")
 }
 
-func (s *server) storeProblem() *problem {
-	return retryLater(http.StatusServiceUnavailable, 2*time.Second,
-		"The service cannot reach its data. Try again.")
+// storeWatch tells the operator how a store is: it counts and logs the store's errors, and logs its return.
+type storeWatch struct {
+	store   string // its name in the log
+	log     *slog.Logger
+	repeats *repeats
+	errors  atomic.Int64
+	outage  atomic.Pointer[outage] // nil while the store answers
+}
+
+// outage is the time in which a store was out of reach.
+type outage struct {
+	since  time.Time
+	latest time.Time // failure
+}
+
+// see looks at how an operation of the store ended, and returns its error.
+func (w *storeWatch) see(ctx context.Context, err error) error {
+	switch {
+	case err != nil && errors.Is(ctx.Err(), context.Canceled): // the client has left, which says nothing
+	case !errors.Is(err, errUnavailable):
+		w.answered()
+	case errors.Is(err, errRefused):
+		w.errors.Add(1)
+		w.repeats.log(slog.LevelError, "store refuses", "store", w.store, "err", err)
+	default:
+		w.errors.Add(1)
+		w.repeats.log(slog.LevelError, "store out of reach", "store", w.store, "err", err)
+		now := time.Now()
+		since := now
+		if before := w.outage.Load(); before != nil {
+			since = before.since
+		}
+		w.outage.Store(&outage{since: since, latest: now})
+	}
+	return err
+}
+
+// answered ends an outage. Of a cluster one node may be away while the others answer: the store is back once
+// nothing has failed for a second.
+func (w *storeWatch) answered() {
+	o := w.outage.Load()
+	if o == nil || time.Since(o.latest) < time.Second || !w.outage.CompareAndSwap(o, nil) {
+		return
+	}
+	away := time.Since(o.since).Round(time.Millisecond)
+	w.log.Info("store is back", "store", w.store, "away", away.String())
+}
+
+// away returns for how long the store has been out of reach, 0 if it is not.
+func (w *storeWatch) away() time.Duration {
+	o := w.outage.Load()
+	if o == nil {
+		return 0
+	}
+	return time.Since(o.since)
+}
+
+// watchedSessions is a session store that is watched.
+type watchedSessions struct {
+	SessionStore
+	watch *storeWatch
+}
+
+func (s *watchedSessions) Create(ctx context.Context, id string, user User, ttl time.Duration) error {
+	return s.watch.see(ctx, s.SessionStore.Create(ctx, id, user, ttl))
+}
+
+func (s *watchedSessions) Get(ctx context.Context, id string) (User, error) {
+	user, err := s.SessionStore.Get(ctx, id)
+	return user, s.watch.see(ctx, err)
+}
+
+func (s *watchedSessions) Delete(ctx context.Context, id string) error {
+	return s.watch.see(ctx, s.SessionStore.Delete(ctx, id))
+}
+
+func (s *watchedSessions) Ping(ctx context.Context) error {
+	return s.watch.see(ctx, s.SessionStore.Ping(ctx))
+}
+
+// watchedAccounts is the account database, watched. ReplacePasswordHash is not: its failing has a line of
+// its own.
+type watchedAccounts struct {
+	*database
+	watch *storeWatch
+}
+
+func (a *watchedAccounts) EmailTaken(ctx context.Context, typed string) error {
+	return a.watch.see(ctx, a.database.EmailTaken(ctx, typed))
+}
+
+func (a *watchedAccounts) InsertUser(ctx context.Context, user User, typed, passwordHash string) error {
+	return a.watch.see(ctx, a.database.InsertUser(ctx, user, typed, passwordHash))
+}
+
+func (a *watchedAccounts) UserByEmail(ctx context.Context, typed string) (User, string, error) {
+	user, passwordHash, err := a.database.UserByEmail(ctx, typed)
+	return user, passwordHash, a.watch.see(ctx, err)
+}
+
+func (a *watchedAccounts) Ping(ctx context.Context) error {
+	return a.watch.see(ctx, a.database.Ping(ctx))
 }
 
 // client is who sent a request.

@@ -1287,7 +1287,7 @@ func TestDebugAddressIsTheOnlyOneThatServesDebug(t *testing.T) {
 	for name, want := range map[string]float64{
 		"session_lookups_total": 1, "registered_total": 1, "signed_in_total": 0,
 		"signed_out_total": 0, "sign_ins_refused_total": 0, "throttled_total": 0, "too_busy_total": 0,
-		"store_errors_total": 0, "bcrypts_running": 0,
+		"session_store_errors_total": 0, "account_store_errors_total": 0, "bcrypts_running": 0,
 		"sign_ins_waiting": 0, "redis operations": 5, "redis flushes": 5, "redis retries": 0, "redis dials": 1,
 	} {
 		if got, ok := vars.Service[name]; !ok || got != want {
@@ -2159,13 +2159,17 @@ func TestWhatNoPasswordOpens(t *testing.T) {
 
 func TestAnOutageIs503AndLogged(t *testing.T) {
 	email := newEmail()
-	for _, tt := range []struct{ method, path, email, fails string }{
-		{method: "GET", path: "/user", fails: "Get"},
-		{method: "DELETE", path: "/user/session", fails: "Delete"},
-		{method: "POST", path: "/user", email: newEmail(), fails: "Create"},
-		{method: "POST", path: "/user", email: newEmail(), fails: "Delete"},
-		{method: "POST", path: "/user/signin", email: email, fails: "Create"},
-		{method: "POST", path: "/user/signin", email: email, fails: "Delete"},
+	for _, tt := range []struct {
+		method, path, email, fails string
+		status                     int
+	}{
+		{method: "GET", path: "/user", fails: "Get", status: 503},
+		{method: "GET", path: "/healthz", fails: "Ping", status: 503},
+		{method: "DELETE", path: "/user/session", fails: "Delete", status: 503},
+		{method: "POST", path: "/user", email: newEmail(), fails: "Create", status: 503},
+		{method: "POST", path: "/user/signin", email: email, fails: "Create", status: 503},
+		{method: "POST", path: "/user/signin", email: email, fails: "Delete", status: 503},
+		{method: "POST", path: "/user", email: newEmail(), fails: "Delete", status: 503},
 	} {
 		for msg, cause := range map[string]error{
 			"store out of reach": unavailable(errors.New("no route to host")),
@@ -2173,34 +2177,106 @@ func TestAnOutageIs503AndLogged(t *testing.T) {
 		} {
 			what := fmt.Sprintf("%s %s, %s at %s", tt.method, tt.path, msg, tt.fails)
 			log := &logBuffer{}
-			fails := ""
+			failures := -1 // of the next calls, the first fails
 			sessions := newFailingSessions(func(method string) error {
-				if method != fails {
+				if method != tt.fails || failures != 0 {
 					return nil
 				}
-				fails = "" // once
+				failures++
 				return cause
 			})
 			s := testServer(openTestDatabase(t), sessions, log)
-			var first registration
+			var first, second registration
 			json.Unmarshal(serveOne(s, "POST", "/user", credentials(email, password)).Body.Bytes(), &first)
-			fails = tt.fails
+			failures = 0
 			w := serveOne(s, tt.method, tt.path, credentials(tt.email, password), cookie(first.SessionID))
+			json.Unmarshal(w.Body.Bytes(), &second)
 			s.finish(t.Context())
 			checkReply(t, what, &reply{status: w.Code, header: w.Header(), body: w.Body.String()})
-			if w.Code != 503 || w.Header().Get("Set-Cookie") != "" || strings.Contains(w.Body.String(), "host") {
-				t.Errorf("%s: status %d, %v, want 503 and no cookie: %s", what, w.Code, w.Header(), w.Body)
+			made := tt.status == 201
+			if w.Code != tt.status || (w.Header().Get("Set-Cookie") != "") != made ||
+				strings.Contains(w.Body.String(), "host") {
+				t.Errorf("%s: status %d, %v, want %d: %s", what, w.Code, w.Header(), tt.status, w.Body)
 			}
-			if line := log.find(t, msg); line["level"] != "ERROR" || !strings.Contains(line["err"].(string), "host") {
-				t.Errorf("%s: log line %v", what, line)
+			line := log.find(t, msg)
+			counted := s.metrics()["session_store_errors_total"]
+			if line["level"] != "ERROR" || line["store"] != "sessions" || line["err"] != cause.Error() ||
+				counted != int64(1) || failures != 1 {
+				t.Errorf("%s: log line %v, %v errors counted of %d, want 1", what, line, counted, failures)
 			}
-			if _, lives := sessions.sessions[first.SessionID]; !lives || len(sessions.sessions) != 1 {
-				t.Errorf("%s: sessions %v, want the one of the cookie", what, sessions.sessions)
+			want := []string{first.SessionID}
+			if made {
+				want = append(want, second.SessionID)
+				slices.Sort(want)
 			}
-			if err := s.db.EmailTaken(t.Context(), tt.email); err != nil && tt.email != email {
-				t.Errorf("%s: %v, want no account", what, err)
+			if ids := sessions.ids(); !slices.Equal(ids, want) {
+				t.Errorf("%s: sessions %v, want %v", what, ids, want)
+			}
+			err := s.accounts.EmailTaken(t.Context(), tt.email)
+			if tt.email != email && (err != nil) != made {
+				t.Errorf("%s: %v, want an account: %t", what, err, made)
 			}
 		}
+	}
+}
+
+// Who is on call sees the end of an outage, once.
+func TestAStoreThatAnswersAgainIsTold(t *testing.T) {
+	type step struct {
+		after time.Duration // that passes before
+		fails error         // as a lookup does then
+		away  float64       // seconds, then
+		back  string        // the time away that is logged then
+	}
+	const second = time.Second
+	away := unavailable(errors.New("no route to host"))
+	refuses := unavailable(redis.Error("OOM"))
+	for what, steps := range map[string][]step{
+		"asked once": {{fails: away}, {after: 90 * second, back: "1m30s"}, {after: second}},
+		"away twice": {
+			{fails: away}, {after: second, back: "1s"}, {fails: away}, {after: second, back: "1s"},
+		},
+		"no session":  {{fails: away}, {after: 2 * second, fails: errNoSession, back: "2s"}},
+		"it refused":  {{fails: refuses}, {after: second}},
+		"client left": {{fails: context.Canceled}, {after: 2 * second}},
+		"refuses": {
+			{fails: away}, {after: 2 * second, fails: refuses, away: 2}, {after: second, back: "3s"},
+		},
+		"one node of several is away": {
+			{fails: away}, {after: second / 2, away: 0.5}, {after: second / 2, fails: away, away: 1},
+			{after: second / 2, away: 1.5}, {after: second / 2, back: "2s"},
+		},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			var fails error
+			log := &logBuffer{}
+			s := testServer(openTestDatabase(t), newFailingSessions(func(string) error { return fails }), log)
+			told := 0
+			for i, step := range steps {
+				time.Sleep(step.after)
+				fails = step.fails
+				ctx, leave := context.WithCancel(t.Context())
+				if fails == context.Canceled {
+					leave()
+					fails = away
+				}
+				r := httptest.NewRequestWithContext(ctx, "GET", "/user", nil)
+				r.Header.Set("Cookie", cookieName+"="+newUUID())
+				s.ServeHTTP(httptest.NewRecorder(), r)
+				leave()
+				lines := log.lines("store is back")
+				if step.back != "" {
+					told++
+					line := lines[len(lines)-1]
+					if line["away"] != step.back || line["store"] != "sessions" || line["level"] != "INFO" {
+						t.Errorf("%s, step %d: log line %v, want away %s", what, i+1, line, step.back)
+					}
+				}
+				if got := s.metrics()["sessions_away_seconds"]; got != step.away || len(lines) != told {
+					t.Errorf("%s, step %d: away for %v s, want %v; %v", what, i+1, got, step.away, lines)
+				}
+			}
+		})
 	}
 }
 
