@@ -1,5 +1,5 @@
-// HTTP: the routes and their handlers, cookies, JSON and problems, and what keeps sign-ins in bounds: the
-// throttle on failures and the gate in front of bcrypt.
+// HTTP: the routes and their handlers, cookies, JSON and problems, and the gate, which keeps sign-ins in
+// bounds.
 
 package main
 
@@ -40,13 +40,20 @@ type serverConfig struct {
 	compareHash    func(hash, password []byte) error // bcrypt.CompareHashAndPassword; tests count its calls
 }
 
+// A sign-in is answered within 10 s: queueTimeout for the accounts and the queue, the rest for bcrypt,
+// which takes 2 s at the highest cost, and for the sessions.
+const (
+	bodyTimeout  = 10 * time.Second
+	queueTimeout = 5 * time.Second
+	storeTimeout = 2500 * time.Millisecond // for all that a request wants of the stores, in turn
+)
+
 // server answers requests.
 type server struct {
 	cfg         serverConfig
 	accounts    *watchedAccounts
 	sessions    *watchedSessions
 	gate        *gate
-	throttle    *throttle
 	log         *slog.Logger
 	repeats     *repeats
 	mux         *http.ServeMux
@@ -88,7 +95,6 @@ func newServer(cfg serverConfig, db *database, sessions SessionStore, log *slog.
 		accounts: &watchedAccounts{db, &storeWatch{store: "accounts", log: log, repeats: repeats}},
 		sessions: &watchedSessions{sessions, &storeWatch{store: "sessions", log: log, repeats: repeats}},
 		gate:     newGate(cfg.bcryptSlots),
-		throttle: newThrottle(),
 		log:      log,
 		repeats:  repeats,
 		mux:      http.NewServeMux(),
@@ -162,6 +168,7 @@ func (s *server) metrics() map[string]any {
 		"accounts_away_seconds":      s.accounts.watch.away().Seconds(),
 	}
 }
+
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.inFlight.Add(1)
 	defer func() {
@@ -236,9 +243,6 @@ type registration struct {
 	SessionID string `json:"sessionId"`
 }
 
-// register makes an account and its first session. That spans two stores, without half states: the session
-// comes first, and is deleted when the account cannot follow: its id is sent only after that. The session
-// that the cookie named has ended by then, whether the account follows or not.
 func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, error) {
 	form, err := readForm(w, r,
 		field{"name", checkName},
@@ -248,58 +252,59 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 		return 0, nil, err
 	}
 	client := s.clientOf(r)
-	try := s.throttle.registration(client)
-	defer try.end()
-	user, passwordHash, err := s.newAccount(r.Context(), form, client, try)
+	try := s.gate.newRegistration(client)
+	defer try.leave()
+	passwordHash, err := s.hashForRegistration(r.Context(), form, try)
 	if err != nil {
 		return 0, nil, err
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
-	id, err := s.openSession(ctx, r, user)
+	user, id, err := s.createAccount(ctx, form, passwordHash, try)
 	if err != nil {
 		return 0, nil, err
 	}
-	err = s.accounts.InsertUser(ctx, user, form["email"], passwordHash)
-	if err == nil || errors.Is(err, errEmailTaken) {
-		try.charge()
+	s.gate.rememberAccount(accountOf(user), client)
+	if old := sessionID(r); old != "" {
+		s.sessions.Delete(ctx, old) // if that fails, the log says so; the account is made
 	}
-	if err != nil {
-		s.discardSession(id)
-		return 0, nil, err
-	}
-	s.throttle.remember(user.ID, client)
 	s.events.registered.Add(1)
 	s.log.Info("registered", "user", user.ID, "client", client.addr)
 	s.setSessionCookie(w, id)
 	return http.StatusCreated, registration{User: user, SessionID: id}, nil
 }
 
-// newAccount returns the user that a form describes and the hash of its password. Looking the email up only
-// saves a bcrypt: InsertUser decides.
-func (s *server) newAccount(
-	ctx context.Context, form map[string]string, c client, try *attempt,
-) (user User, passwordHash string, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, queuePatience, errTooBusy)
+// hashForRegistration returns the hash of a form's password. Looking the email up only saves a bcrypt:
+// InsertUser decides. It is done in a slot, so that tries at the same moment that find the email taken keep
+// to the limit.
+func (s *server) hashForRegistration(
+	ctx context.Context, form map[string]string, try *try,
+) (string, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, queueTimeout, errTooBusy)
 	defer cancel()
-	place, err := s.admit(ctx, c, try)
-	if err != nil {
-		return User{}, "", err
+	if err := try.enter(ctx); err != nil {
+		return "", err
 	}
-	defer place.leave()
+	defer try.freeSlot()
 	if err := s.accounts.EmailTaken(ctx, form["email"]); err != nil {
 		if errors.Is(err, errEmailTaken) {
-			try.charge()
+			try.fail()
 		}
-		return User{}, "", err
-	}
-	if err := place.wait(ctx); err != nil {
-		return User{}, "", err
+		return "", err
 	}
 	hash, err := bcrypt.GenerateFromPassword([]byte(form["password"]), s.cfg.bcryptCost)
 	if err != nil {
-		return User{}, "", fmt.Errorf("hashing a password: %w", err)
+		return "", fmt.Errorf("hashing a password: %w", err)
 	}
+	return string(hash), nil
+}
+
+// createAccount makes an account and its first session, and returns the session's id. It spans two stores,
+// without half states: the session comes first, and is deleted when the account cannot follow. Nobody knows
+// its id before that.
+func (s *server) createAccount(
+	ctx context.Context, form map[string]string, passwordHash string, try *try,
+) (user User, id string, err error) {
 	now := time.Now().UTC().Format(timeFormat)
 	user = User{
 		ID:        newUUID(),
@@ -308,46 +313,19 @@ func (s *server) newAccount(
 		CreatedAt: now,
 		UpdatedAt: now,
 	}
-	return user, string(hash), nil
-}
-
-// admit returns a place in the line of c's network for bcrypt. It refuses at once where a limit has been
-// reached or the line is full; else it may wait, until ctx ends, for tries that run.
-func (s *server) admit(ctx context.Context, c client, try *attempt) (*place, error) {
-	if wait := try.wait(); wait > 0 {
-		return nil, throttledError{wait}
+	id = newUUID()
+	if err := s.sessions.Create(ctx, id, user, s.cfg.sessionTTL); err != nil {
+		return User{}, "", err
 	}
-	place, err := s.gate.enter(c.network())
-	if err != nil {
-		return nil, err
-	}
-	if err := try.begin(ctx); err != nil {
-		place.leave()
-		return nil, err
-	}
-	return place, nil
-}
-
-// openSession makes a session and ends the one that the request's cookie names. It returns the new one's id.
-func (s *server) openSession(ctx context.Context, r *http.Request, user User) (string, error) {
-	id := newUUID()
-	err := s.sessions.Create(ctx, id, user, s.cfg.sessionTTL)
-	if errors.Is(err, errLost) { // the first session may have been made; nobody has its id
-		id = newUUID()
-		err = s.sessions.Create(ctx, id, user, s.cfg.sessionTTL)
+	err = s.accounts.InsertUser(ctx, user, form["email"], passwordHash)
+	if err == nil || errors.Is(err, errEmailTaken) {
+		try.fail() // registrations count, whatever comes of them
 	}
 	if err != nil {
-		return "", err
-	}
-	old := sessionID(r)
-	if old == "" {
-		return id, nil
-	}
-	if err := s.sessions.Delete(ctx, old); err != nil && !errors.Is(err, errNoSession) {
 		s.discardSession(id)
-		return "", err
+		return User{}, "", err
 	}
-	return id, nil
+	return user, id, nil
 }
 
 // discardSession deletes a session whose id was not sent. Should that fail, the session expires.
@@ -369,15 +347,118 @@ func (s *server) signIn(w http.ResponseWriter, r *http.Request) (int, any, error
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
-	id, err := s.openSession(ctx, r, user)
-	if err != nil {
+	id := newUUID()
+	if err := s.sessions.Create(ctx, id, user, s.cfg.sessionTTL); err != nil {
 		return 0, nil, err
+	}
+	if old := sessionID(r); old != "" {
+		if err := s.sessions.Delete(ctx, old); err != nil && !errors.Is(err, errNoSession) {
+			s.discardSession(id)
+			return 0, nil, err
+		}
 	}
 	s.events.signedIn.Add(1)
 	s.log.Info("signed in", "user", user.ID, "client", client.addr)
 	s.background.Go(func() { s.upgradeHash(user.ID, passwordHash, form["password"]) })
 	s.setSessionCookie(w, id)
 	return http.StatusOK, user, nil
+}
+
+// authenticate returns the user whose email and password these are, and the password's hash.
+func (s *server) authenticate(ctx context.Context, email, password string, c client) (User, string, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, queueTimeout, errTooBusy)
+	defer cancel()
+	user, passwordHash, err := s.accounts.UserByEmail(ctx, email)
+	found := err == nil
+	if err != nil && !errors.Is(err, errUserNotFound) {
+		return User{}, "", err
+	}
+	account := accountOf(user)
+	if !found {
+		account = "email " + strings.ToLower(strings.TrimSpace(email))
+		passwordHash = dummyHash(s.cfg.bcryptCost)
+	}
+	try := s.gate.newSignIn(account, c)
+	if err := try.enter(ctx); err != nil {
+		return User{}, "", err
+	}
+	defer try.leave()
+	err = s.checkHash(passwordHash, password)
+	if err == nil && !found {
+		err = errWrongPassword
+	}
+	if err != nil {
+		try.fail()
+		if !errors.Is(err, errWrongPassword) {
+			return User{}, "", fmt.Errorf("comparing with the password hash of user %s: %w", user.ID, err)
+		}
+		s.events.refused.Add(1)
+		s.log.Info("sign-in refused", "user", user.ID, "client", c.addr)
+		return User{}, "", err
+	}
+	try.succeed()
+	return user, passwordHash, nil
+}
+
+// accountOf names a user's account to the gate. Emails that no account has are named otherwise, or somebody
+// could use up an account's failures by signing in with its id.
+func accountOf(user User) string { return "id " + user.ID }
+
+// checkHash returns nil if hash is one of password, errWrongPassword if not. Every errWrongPassword costs
+// the same work, so that time does not tell whether the account exists. Where a hash is weaker than
+// configured, comparing once more at each cost from its own up to the configured one adds up: 2^10 + 2^10 +
+// 2^11 = 2^12. A stronger hash costs more, which configuring a lower cost accepts.
+func (s *server) checkHash(hash, password string) error {
+	cost, err := bcrypt.Cost([]byte(hash))
+	if err != nil {
+		return err
+	}
+	err = s.cfg.compareHash([]byte(hash), []byte(password))
+	if !errors.Is(err, bcrypt.ErrMismatchedHashAndPassword) {
+		return err
+	}
+	for ; cost < s.cfg.bcryptCost; cost++ {
+		s.cfg.compareHash([]byte(dummyHash(cost)), []byte(password))
+	}
+	return errWrongPassword
+}
+
+// dummyHash has the form of a bcrypt hash. It is of no known password.
+func dummyHash(cost int) string {
+	return fmt.Sprintf("$2a$%02d$%s", cost, strings.Repeat("u", 53))
+}
+
+// upgradeHash stores a password's hash anew if it is weaker than configured. It runs after the answer. If it
+// fails, or too many wait for bcrypt, the next sign-in tries again.
+func (s *server) upgradeHash(userID, oldHash, password string) {
+	cost, err := bcrypt.Cost([]byte(oldHash))
+	if err != nil || cost >= s.cfg.bcryptCost {
+		return
+	}
+	newHash, err := s.hashAnew(password)
+	if errors.Is(err, errTooBusy) {
+		return
+	}
+	if err == nil {
+		err = s.accounts.ReplacePasswordHash(context.Background(), userID, oldHash, newHash)
+	}
+	if err != nil {
+		s.repeats.log(slog.LevelWarn, "password hash not upgraded", "user", userID, "err", err)
+	}
+}
+
+// hashAnew hashes what bcrypt reads of a password. All that is stored anew stands in one line, that of no
+// network.
+func (s *server) hashAnew(password string) (string, error) {
+	ctx, cancel := context.WithTimeoutCause(context.Background(), queueTimeout, errTooBusy)
+	defer cancel()
+	try := s.gate.newTry(netip.Prefix{})
+	if err := try.enter(ctx); err != nil {
+		return "", err
+	}
+	defer try.leave()
+	hash, err := bcrypt.GenerateFromPassword([]byte(firstBytes(password)), s.cfg.bcryptCost)
+	return string(hash), err
 }
 
 func (s *server) showUser(w http.ResponseWriter, r *http.Request) (int, any, error) {
@@ -448,8 +529,8 @@ func (s *server) finish(ctx context.Context) error {
 const cookieName = "session-id"
 
 // sessionID returns the session id that the request's cookies name: the first one that is a UUID, or "".
-// Other paths or domains may have set cookies of this name. Every lookup comes here, so it does not make an
-// http.Cookie of each.
+// Other paths or domains may have set cookies of this name. Every lookup comes here: r.CookiesNamed would
+// cost it half a microsecond and two allocations more, some 2 %.
 func sessionID(r *http.Request) string {
 	for _, line := range r.Header["Cookie"] {
 		for pair := range strings.SplitSeq(line, ";") {
@@ -483,101 +564,6 @@ func (s *server) setSessionCookie(w http.ResponseWriter, id string) {
 		Secure:   s.cfg.cookieSecure,
 		SameSite: http.SameSiteLaxMode,
 	})
-}
-
-// authenticate returns the user whose email and password these are, and the password's hash.
-func (s *server) authenticate(ctx context.Context, email, password string, c client) (User, string, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, queuePatience, errTooBusy)
-	defer cancel()
-	user, passwordHash, err := s.accounts.UserByEmail(ctx, email)
-	known := err == nil
-	account := user.ID // whose count it is, however the email was typed
-	if errors.Is(err, errUserNotFound) {
-		account = strings.ToLower(strings.TrimSpace(email))
-		passwordHash = dummyHash(s.cfg.bcryptCost)
-	} else if err != nil {
-		return User{}, "", err
-	}
-	try := s.throttle.signIn(account, c)
-	place, err := s.admit(ctx, c, try)
-	if err != nil {
-		return User{}, "", err
-	}
-	defer place.leave()
-	defer try.end()
-	if err := place.wait(ctx); err != nil {
-		return User{}, "", err
-	}
-	err = s.checkHash(passwordHash, password)
-	if err == nil && !known {
-		err = errWrongPassword
-	}
-	if err != nil {
-		try.charge()
-		if !errors.Is(err, errWrongPassword) {
-			return User{}, "", fmt.Errorf("comparing with the password hash of user %s: %w", user.ID, err)
-		}
-		s.events.refused.Add(1)
-		s.log.Info("sign-in refused", "user", user.ID, "client", c.addr)
-		return User{}, "", err
-	}
-	try.succeed()
-	return user, passwordHash, nil
-}
-
-// checkHash returns nil if hash is one of password, errWrongPassword if not. Every errWrongPassword costs
-// the same work, so that time does not tell whether the account exists. Where a hash is weaker than
-// configured, comparing once more at each cost from its own up to the configured one adds up: 2^10 + 2^10 +
-// 2^11 = 2^12. A stronger hash costs more, which configuring a lower cost accepts.
-func (s *server) checkHash(hash, password string) error {
-	cost, err := bcrypt.Cost([]byte(hash))
-	if err != nil {
-		return err
-	}
-	err = s.cfg.compareHash([]byte(hash), []byte(password))
-	if !errors.Is(err, bcrypt.ErrMismatchedHashAndPassword) {
-		return err
-	}
-	for ; cost < s.cfg.bcryptCost; cost++ {
-		s.cfg.compareHash([]byte(dummyHash(cost)), []byte(password))
-	}
-	return errWrongPassword
-}
-
-// dummyHash has the form of a bcrypt hash. It is of no known password.
-func dummyHash(cost int) string {
-	return fmt.Sprintf("$2a$%02d$%s", cost, strings.Repeat("u", 53))
-}
-
-// upgradeHash stores a password's hash anew if it is weaker than configured. It runs after the answer. If
-// it fails, or bcrypt is needed for sign-ins, the next sign-in tries again.
-func (s *server) upgradeHash(userID, oldHash, password string) {
-	cost, err := bcrypt.Cost([]byte(oldHash))
-	if err != nil || cost >= s.cfg.bcryptCost {
-		return
-	}
-	newHash, err := s.hashIfIdle(password)
-	if errors.Is(err, errTooBusy) {
-		return
-	}
-	if err == nil {
-		err = s.accounts.ReplacePasswordHash(context.Background(), userID, oldHash, newHash)
-	}
-	if err != nil {
-		s.repeats.log(slog.LevelWarn, "password hash not upgraded", "user", userID, "err", err)
-	}
-}
-
-// hashIfIdle hashes what bcrypt reads of a password. It returns errTooBusy if no slot is free or any
-// sign-in waits.
-func (s *server) hashIfIdle(password string) (string, error) {
-	place := s.gate.enterIfIdle()
-	if place == nil {
-		return "", errTooBusy
-	}
-	defer place.leave()
-	hash, err := bcrypt.GenerateFromPassword([]byte(firstBytes(password)), s.cfg.bcryptCost)
-	return string(hash), err
 }
 
 const (
@@ -786,7 +772,7 @@ func (s *server) problemOf(r *http.Request, err error) *problem {
 	case errors.Is(err, errTooBusy):
 		s.events.tooBusy.Add(1)
 		s.repeats.log(slog.LevelWarn, "too busy", "path", r.URL.Path, "client", s.clientOf(r).addr)
-		return retryLater(http.StatusServiceUnavailable, 2*queuePatience,
+		return retryLater(http.StatusServiceUnavailable, 2*queueTimeout,
 			"Too many people are signing in. Try again.")
 	case errors.Is(err, errUnavailable), errors.Is(err, context.Canceled): // the client has left
 		return retryLater(http.StatusServiceUnavailable, 2*time.Second,
@@ -916,8 +902,8 @@ func (c client) network() netip.Prefix {
 	return network
 }
 
-// isProxy tells whether this is probably a proxy that nobody told us to trust, and no client.
-func (c client) isProxy() bool {
+// looksLikeProxy tells whether this is probably a proxy that nobody told us to trust, and no client.
+func (c client) looksLikeProxy() bool {
 	return !c.named && (c.addr.IsLoopback() || c.addr.IsPrivate())
 }
 
@@ -925,7 +911,7 @@ func (c client) isProxy() bool {
 // right, where each proxy adds its peer, as long as the address so far is a trusted proxy's.
 func (s *server) clientOf(r *http.Request) client {
 	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
-	c := client{addr: plainAddr(peer.Addr())}
+	c := client{addr: unmapped(peer.Addr())}
 	forwarded := strings.Join(r.Header.Values("X-Forwarded-For"), ",")
 	if forwarded == "" {
 		return c
@@ -957,17 +943,17 @@ func (s *server) isTrusted(addr netip.Addr) bool {
 func parseHop(text string) (netip.Addr, bool) {
 	text = strings.Trim(strings.TrimSpace(text), `"`)
 	if addrPort, err := netip.ParseAddrPort(text); err == nil {
-		return plainAddr(addrPort.Addr()), true
+		return unmapped(addrPort.Addr()), true
 	}
 	if inner, ok := strings.CutPrefix(text, "["); ok {
 		text = strings.TrimSuffix(inner, "]")
 	}
 	addr, err := netip.ParseAddr(text)
-	return plainAddr(addr), err == nil
+	return unmapped(addr), err == nil
 }
 
-// plainAddr returns an IPv4 address as such, and any without its zone.
-func plainAddr(addr netip.Addr) netip.Addr { return addr.Unmap().WithZone("") }
+// unmapped returns an IPv4 address as such, and any without its zone.
+func unmapped(addr netip.Addr) netip.Addr { return addr.Unmap().WithZone("") }
 
 // repeats logs each message at most once a second, with the number of events since its last line. It is for
 // what clients can cause at will.
@@ -1029,179 +1015,49 @@ func (r *repeats) flush() {
 	}
 }
 
-// A sign-in is answered within 10 s: queuePatience for the throttle and the queue, the rest for bcrypt, which
-// takes 2 s at the highest cost, and for the stores.
+// Bounds of the gate. Counts and known pairs take some 10 MB each; past their bounds some are forgotten at
+// random.
 const (
-	bodyTimeout   = 10 * time.Second
-	queuePatience = 5 * time.Second
-	storeTimeout  = 2500 * time.Millisecond // for all that a request wants of the stores, in turn
-	maxQueue      = 256                     // tries that wait for bcrypt
-	maxLine       = maxQueue / 4            // those of one network
-)
-
-// gate lets in a few bcrypts at a time. Past them tries wait, bounded in number, each network in a line of
-// its own; the lines take turns, so that a long one does not hold up another.
-type gate struct {
-	mu      sync.Mutex
-	slots   int
-	running int
-	waiting int                    // places in all lines
-	lines   map[netip.Prefix]*line // that have a place taken
-	turns   []netip.Prefix         // the lines in which somebody waits for a slot, the next one first
-}
-
-// line is the queue of one network.
-type line struct {
-	places int      // those that have entered and have no slot yet
-	queue  []*place // those that wait for a slot
-}
-
-// place is where one attempt stands: in a line, then in a slot.
-type place struct {
-	gate    *gate
-	network netip.Prefix
-	given   chan struct{} // closed when the slot is given
-	inLine  bool
-	inSlot  bool
-}
-
-func newGate(slots int) *gate {
-	return &gate{slots: slots, lines: map[netip.Prefix]*line{}}
-}
-
-// enter takes a place in the network's line. It returns errTooBusy if that line or the whole queue is full.
-func (g *gate) enter(network netip.Prefix) (*place, error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	l := g.lines[network]
-	if g.waiting >= maxQueue || l != nil && l.places >= maxLine {
-		return nil, errTooBusy
-	}
-	if l == nil {
-		l = &line{}
-		g.lines[network] = l
-	}
-	l.places++
-	g.waiting++
-	return &place{gate: g, network: network, given: make(chan struct{}), inLine: true}, nil
-}
-
-// enterIfIdle gives a slot at once if one is free and nobody waits, else nil.
-func (g *gate) enterIfIdle() *place {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.running >= g.slots || g.waiting > 0 {
-		return nil
-	}
-	g.running++
-	return &place{gate: g, inSlot: true}
-}
-
-// wait waits for a slot, or for ctx to end; then the error is ctx's cause.
-func (p *place) wait(ctx context.Context) error {
-	p.gate.queueUp(p)
-	select {
-	case <-p.given:
-		return nil
-	case <-ctx.Done():
-		p.leave()
-		return context.Cause(ctx)
-	}
-}
-
-// leave gives up what the place has, in the line or in a slot. It may be called again.
-func (p *place) leave() {
-	g := p.gate
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if p.inLine {
-		g.leaveLine(p)
-	}
-	if p.inSlot {
-		p.inSlot = false
-		g.running--
-		g.giveSlots()
-	}
-}
-
-// load returns how many bcrypts run and how many tries wait.
-func (g *gate) load() (running, waiting int) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.running, g.waiting
-}
-
-// queueUp lets p wait for a slot in its line.
-func (g *gate) queueUp(p *place) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	l := g.lines[p.network]
-	l.queue = append(l.queue, p)
-	if len(l.queue) == 1 {
-		g.turns = append(g.turns, p.network)
-	}
-	g.giveSlots()
-}
-
-// giveSlots gives what slots are free, one to each line in turn. The caller holds g.mu.
-func (g *gate) giveSlots() {
-	for g.running < g.slots && len(g.turns) > 0 {
-		p := g.lines[g.turns[0]].queue[0]
-		g.turns = g.turns[1:]
-		others := len(g.lines[p.network].queue) > 1
-		g.leaveLine(p)
-		if others {
-			g.turns = append(g.turns, p.network)
-		}
-		p.inSlot = true
-		g.running++
-		close(p.given)
-	}
-}
-
-// leaveLine takes p out of its line, and the line out of the turns if nobody else waits in it. The caller
-// holds g.mu.
-func (g *gate) leaveLine(p *place) {
-	p.inLine = false
-	g.waiting--
-	l := g.lines[p.network]
-	l.places--
-	l.queue = slices.DeleteFunc(l.queue, func(other *place) bool { return other == p })
-	if len(l.queue) == 0 {
-		g.turns = slices.DeleteFunc(g.turns, func(n netip.Prefix) bool { return n == p.network })
-	}
-	if l.places == 0 {
-		delete(g.lines, p.network)
-	}
-}
-
-// limit allows burst attempts at once, then one more each interval.
-type limit struct {
-	burst    int
-	interval time.Duration
-}
-
-// How many counts, and how many pairs of account and network, the throttle remembers: some 10 MB of each.
-// Past them it forgets some at random.
-const (
+	maxQueue  = 256          // tries that wait
+	maxLine   = maxQueue / 4 // those of one network
 	maxCounts = 1 << 17
 	maxKnown  = 1 << 17
 )
 
-// throttle counts tries by account and network. It has three limits. Looking stores nothing. An account is
-// a user's id, or a normalized email that nobody has.
+// gate decides which tries to sign in or to register may run bcrypt, and when. It lets in as many as there
+// are slots, as long as none of them could exceed a limit on failures.
 //
-// An attempt that runs reserves one failure, so attempts at the same moment cannot exceed a limit: the next
-// one waits until one of them has ended.
-type throttle struct {
-	pair    limit // failed sign-ins for one account from one network
-	account limit // failed sign-ins for one account from all networks
-	network limit // failed sign-ins and registrations from one network
+// A try that has to wait stands in a queue that is sorted by turn. It has the turn after that of the latest
+// one let in, or after that of its network's last one in the queue. So networks alternate: a long line of
+// one holds up no other, and ever new networks pass nobody by.
+type gate struct {
+	slots int
 
 	mu     sync.Mutex
-	counts map[countKey]*count
+	taken  int // slots
+	turn   int // the latest that was let in
+	queue  []*try
+	counts map[countKey]count
 	known  map[countKey]bool // pairs of an account and a network from which it has signed in
-	ended  chan struct{}     // closed, and made anew, when a try ends
+}
+
+// try is one try to sign in, to register or to store a hash anew.
+type try struct {
+	gate    *gate
+	network netip.Prefix
+	limits  []limit
+	pair    countKey // of account and network; succeed uses it
+	turn    int
+	decided chan error // gets nil when the try is let in, or the reason why not
+	inSlot  bool
+	running bool // let in, and not ended: has room for a failure in each of its counts
+}
+
+// limit allows burst failures at once, then one more each interval.
+type limit struct {
+	burst    int
+	interval time.Duration
+	key      countKey // of the count that it limits
 }
 
 // countKey is a hash of what is counted, as a client may send a long email.
@@ -1211,205 +1067,251 @@ func newCountKey(kind, account string, network netip.Prefix) countKey {
 	return sha256.Sum256([]byte(kind + " " + network.String() + " " + account))
 }
 
-// count is a leaky bucket in the form of the generic cell rate algorithm: each failure moves the time at
-// which it is empty by the limit's interval.
+// count holds the failures of one key, as the generic cell rate algorithm does.
 type count struct {
-	emptyAt time.Time
-	running int
+	emptyAt time.Time // when all are forgiven; each failure adds an interval
+	running int       // tries that may yet fail
 }
 
-func (c *count) isEmpty(now time.Time) bool { return c.running == 0 && !c.emptyAt.After(now) }
+func (c count) isEmpty(now time.Time) bool { return c.running == 0 && !c.emptyAt.After(now) }
 
-// attempt is one try to sign in or to register.
-type attempt struct {
-	throttle *throttle
-	limits   []keyedLimit
-	pair     countKey // of a sign-in; succeed uses it
-	running  bool
+func newGate(slots int) *gate {
+	return &gate{slots: slots, counts: map[countKey]count{}, known: map[countKey]bool{}}
 }
 
-type keyedLimit struct {
-	limit
-	key countKey
+// newTry returns a try that no limit holds up.
+func (g *gate) newTry(network netip.Prefix) *try {
+	return &try{gate: g, network: network, decided: make(chan error, 1)}
 }
 
-func newThrottle() *throttle {
-	return &throttle{
-		pair:    limit{burst: 10, interval: time.Minute},
-		account: limit{burst: 100, interval: time.Minute / 10},
-		network: limit{burst: 100, interval: time.Minute / 10},
-		counts:  map[countKey]*count{},
-		known:   map[countKey]bool{},
-		ended:   make(chan struct{}),
+// newRegistration returns a try to register.
+func (g *gate) newRegistration(c client) *try {
+	t := g.newTry(c.network())
+	if !c.looksLikeProxy() {
+		key := newCountKey("network", "", t.network)
+		t.limits = append(t.limits, limit{burst: 100, interval: time.Minute / 10, key: key})
+	}
+	return t
+}
+
+// newSignIn returns a try to sign in to an account.
+func (g *gate) newSignIn(account string, c client) *try {
+	t := g.newRegistration(c)
+	t.pair = newCountKey("pair", account, t.network)
+	t.limits = append(t.limits, limit{burst: 10, interval: time.Minute, key: t.pair})
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.known[t.pair] {
+		key := newCountKey("account", account, netip.Prefix{})
+		t.limits = append(t.limits, limit{burst: 100, interval: time.Minute / 10, key: key})
+	}
+	return t
+}
+
+// load returns how many slots are taken and how many tries wait.
+func (g *gate) load() (taken, waiting int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.taken, len(g.queue)
+}
+
+// enter waits until the try is let in, or for ctx to end; then the error is ctx's cause. It is a
+// throttledError where a limit is reached, errTooBusy where too many wait already. Who was let in must call
+// leave.
+func (t *try) enter(ctx context.Context) error {
+	if err := t.gate.queueUp(t); err != nil {
+		return err
+	}
+	select {
+	case err := <-t.decided:
+		return err
+	case <-ctx.Done():
+		t.leave()
+		return context.Cause(ctx)
 	}
 }
 
-// signIn returns a try to sign in to an account.
-func (t *throttle) signIn(account string, c client) *attempt {
-	a := t.registration(c)
-	a.pair = newCountKey("pair", account, c.network())
-	a.limits = append(a.limits, keyedLimit{t.pair, a.pair})
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if !t.known[a.pair] {
-		a.limits = append(a.limits, keyedLimit{t.account, newCountKey("account", account, netip.Prefix{})})
+// queueUp decides on t at once, or puts it into the queue.
+func (g *gate) queueUp(t *try) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.decide(t, time.Now()) { // who waits although a slot is free waits for room
+		return nil
 	}
-	return a
-}
-
-// registration returns a try to register.
-func (t *throttle) registration(c client) *attempt {
-	a := &attempt{throttle: t}
-	if !c.isProxy() {
-		a.limits = append(a.limits, keyedLimit{t.network, newCountKey("network", "", c.network())})
-	}
-	return a
-}
-
-// remember exempts the pair of an account and a network from the limit on the account.
-func (t *throttle) remember(account string, c client) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.rememberPair(newCountKey("pair", account, c.network()))
-}
-
-// rememberPair is remember for a caller that holds t.mu.
-func (t *throttle) rememberPair(pair countKey) {
-	for other := range t.known {
-		if len(t.known) < maxKnown {
-			break
+	t.turn = g.turn + 1
+	line := 0
+	for _, other := range g.queue {
+		if other.network == t.network {
+			line++
+			t.turn = max(t.turn, other.turn+1)
 		}
-		delete(t.known, other)
 	}
-	t.known[pair] = true
+	if len(g.queue) >= maxQueue || line >= maxLine {
+		return errTooBusy
+	}
+	place := len(g.queue)
+	for place > 0 && g.queue[place-1].turn > t.turn {
+		place--
+	}
+	g.queue = slices.Insert(g.queue, place, t)
+	return nil
 }
 
-// wait returns how long it takes until another try would be let in, 0 if one would be now.
-func (a *attempt) wait() time.Duration {
-	a.throttle.mu.Lock()
-	defer a.throttle.mu.Unlock()
-	wait, _ := a.look()
-	return wait
+// decide lets t in or refuses it, and tells whether it did. The caller holds g.mu, as all those do that call
+// what follows.
+func (g *gate) decide(t *try, now time.Time) bool {
+	wait, room := g.look(t.limits, now)
+	if wait > 0 {
+		t.decided <- throttledError{wait}
+		return true
+	}
+	if !room || g.taken >= g.slots {
+		return false
+	}
+	if len(g.counts)+len(t.limits) > maxCounts {
+		g.forgetSome(now)
+	}
+	for _, l := range t.limits {
+		c := g.counts[l.key]
+		c.running++
+		g.counts[l.key] = c
+	}
+	g.turn = max(g.turn, t.turn)
+	g.taken++
+	t.inSlot = true
+	t.running = true
+	t.decided <- nil
+	return true
 }
 
-// look returns how long it takes until the failures so far leave room for a try, and whether there is room
-// beside the tries that run. There is room for one where, with it, at most burst intervals are to go until
-// the count is empty.
-func (a *attempt) look() (wait time.Duration, roomBesideRunning bool) {
-	now := time.Now()
+// look returns how long it takes until the failures so far leave room for one more, and whether they would if
+// all tries that run failed. A failure has room where afterwards at most burst intervals are left until the
+// count is empty.
+func (g *gate) look(limits []limit, now time.Time) (wait time.Duration, roomBesideRunning bool) {
 	roomBesideRunning = true
-	for _, l := range a.limits {
-		c := a.throttle.counts[l.key]
-		if c == nil {
-			continue
-		}
-		level := max(0, c.emptyAt.Sub(now))
-		room := time.Duration(l.burst-1) * l.interval
-		wait = max(wait, level-room)
-		if level+time.Duration(c.running)*l.interval > room {
+	for _, l := range limits {
+		c := g.counts[l.key]
+		level := max(0, c.emptyAt.Sub(now)) // of the zero time, too, which is farther than a Duration holds
+		most := time.Duration(l.burst-1) * l.interval
+		wait = max(wait, level-most)
+		if level+time.Duration(c.running)*l.interval > most {
 			roomBesideRunning = false
 		}
 	}
 	return wait, roomBesideRunning
 }
 
-// begin waits until there is room even if all attempts that run fail, or for ctx to end; then the error is
-// ctx's cause. It is a throttledError where the limit has been reached.
-func (a *attempt) begin(ctx context.Context) error {
-	t := a.throttle
-	for {
-		t.mu.Lock()
-		wait, room := a.look()
-		if wait == 0 && room {
-			a.run()
-		}
-		ended := t.ended
-		t.mu.Unlock()
-		if wait > 0 {
-			return throttledError{wait}
-		}
-		if room {
-			return nil
-		}
-		select {
-		case <-ended:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
-}
-
-// run reserves one failure in each of a's counts. The caller holds the throttle's mu, as look's does.
-func (a *attempt) run() {
-	t := a.throttle
-	if len(t.counts)+len(a.limits) > maxCounts {
-		t.forgetSome()
-	}
-	for _, l := range a.limits {
-		if t.counts[l.key] == nil {
-			t.counts[l.key] = &count{}
-		}
-		t.counts[l.key].running++
-	}
-	a.running = true
-}
-
 // forgetSome makes room for an eighth of the counts: of those that are empty first, then of any.
-func (t *throttle) forgetSome() {
-	now := time.Now()
-	maps.DeleteFunc(t.counts, func(_ countKey, c *count) bool { return c.isEmpty(now) })
-	for key, c := range t.counts {
-		if len(t.counts) <= maxCounts-maxCounts/8 {
+func (g *gate) forgetSome(now time.Time) {
+	maps.DeleteFunc(g.counts, func(_ countKey, c count) bool { return c.isEmpty(now) })
+	for key, c := range g.counts {
+		if len(g.counts) <= maxCounts-maxCounts/8 {
 			return
 		}
 		if c.running == 0 {
-			delete(t.counts, key)
+			delete(g.counts, key)
 		}
 	}
 }
 
-// charge counts the try against its limits, and ends it.
-func (a *attempt) charge() {
-	a.finish(func(now time.Time) {
-		for _, l := range a.limits {
-			c := a.throttle.counts[l.key]
-			if c.emptyAt.Before(now) {
-				c.emptyAt = now
-			}
-			c.emptyAt = c.emptyAt.Add(l.interval)
+// admit goes along the queue, and decides on whom it can.
+func (g *gate) admit() {
+	now := time.Now()
+	waiting := g.queue[:0]
+	for _, t := range g.queue {
+		if !g.decide(t, now) {
+			waiting = append(waiting, t)
 		}
-	})
+	}
+	clear(g.queue[len(waiting):])
+	g.queue = waiting
 }
 
-// succeed clears the failures of the account from this network, and ends the try. It is for sign-ins.
-func (a *attempt) succeed() {
-	a.finish(func(time.Time) {
-		a.throttle.counts[a.pair].emptyAt = time.Time{}
-		a.throttle.rememberPair(a.pair)
-	})
+// freeSlot gives back t's slot, not yet its room for a failure: for tries that go on without bcrypt.
+func (t *try) freeSlot() {
+	t.gate.mu.Lock()
+	defer t.gate.mu.Unlock()
+	t.gate.vacate(t)
+	t.gate.admit()
 }
 
-// end ends an attempt without a verdict. After charge or succeed it does nothing.
-func (a *attempt) end() { a.finish(func(time.Time) {}) }
+func (g *gate) vacate(t *try) {
+	if t.inSlot {
+		t.inSlot = false
+		g.taken--
+	}
+}
 
-// finish settles and ends the attempt, once, and wakes those that wait for its room.
-func (a *attempt) finish(settle func(now time.Time)) {
-	if !a.running {
+// fail ends a try that was let in, and counts it against its limits.
+func (t *try) fail() {
+	g := t.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := time.Now()
+	for _, l := range t.limits {
+		c := g.counts[l.key]
+		if c.emptyAt.Before(now) {
+			c.emptyAt = now
+		}
+		c.emptyAt = c.emptyAt.Add(l.interval)
+		g.counts[l.key] = c
+	}
+	g.end(t)
+}
+
+// succeed ends a sign-in that was let in. It clears the failures of the account from this network.
+func (t *try) succeed() {
+	g := t.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	c := g.counts[t.pair]
+	c.emptyAt = time.Time{}
+	g.counts[t.pair] = c
+	g.remember(t.pair)
+	g.end(t)
+}
+
+// leave ends a try without a verdict, wherever it stands. After fail or succeed it does nothing.
+func (t *try) leave() {
+	g := t.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.queue = slices.DeleteFunc(g.queue, func(other *try) bool { return other == t })
+	g.end(t)
+}
+
+// end takes back all that t has, and lets others have it.
+func (g *gate) end(t *try) {
+	if !t.running {
 		return
 	}
-	t := a.throttle
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	t.running = false
 	now := time.Now()
-	settle(now)
-	a.running = false
-	for _, l := range a.limits {
-		c := t.counts[l.key]
+	for _, l := range t.limits {
+		c := g.counts[l.key]
 		c.running--
+		g.counts[l.key] = c
 		if c.isEmpty(now) {
-			delete(t.counts, l.key)
+			delete(g.counts, l.key)
 		}
 	}
-	close(t.ended)
-	t.ended = make(chan struct{})
+	g.vacate(t)
+	g.admit()
+}
+
+// rememberAccount exempts an account from the limit on all networks' failures where they come from this one.
+func (g *gate) rememberAccount(account string, c client) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.remember(newCountKey("pair", account, c.network()))
+}
+
+func (g *gate) remember(pair countKey) {
+	for other := range g.known {
+		if len(g.known) < maxKnown {
+			break
+		}
+		delete(g.known, other)
+	}
+	g.known[pair] = true
 }
