@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"regexp"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -376,25 +377,24 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 	account := accountOf(user)
 	if !found {
 		account = "email " + strings.ToLower(strings.TrimSpace(email))
-		passwordHash = dummyHash(s.cfg.bcryptCost)
 	}
 	try := s.gate.newSignIn(account, c)
 	if err := try.enter(ctx); err != nil {
 		return User{}, "", err
 	}
 	defer try.leave()
-	err = s.checkHash(passwordHash, password)
-	if err == nil && !found {
-		err = errWrongPassword
+	usable := isUsable(passwordHash)
+	if found && !usable {
+		s.repeats.log(slog.LevelWarn, "password hash not usable", "user", user.ID)
 	}
-	if err != nil {
+	if !usable {
+		passwordHash = dummyHash(s.cfg.bcryptCost)
+	}
+	if !s.isPassword(passwordHash, password) || !usable {
 		try.fail()
-		if !errors.Is(err, errWrongPassword) {
-			return User{}, "", fmt.Errorf("comparing with the password hash of user %s: %w", user.ID, err)
-		}
 		s.events.refused.Add(1)
 		s.log.Info("sign-in refused", "user", user.ID, "client", c.addr)
-		return User{}, "", err
+		return User{}, "", errWrongPassword
 	}
 	try.succeed()
 	return user, passwordHash, nil
@@ -404,23 +404,34 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 // could use up an account's failures by signing in with its id.
 func accountOf(user User) string { return "id " + user.ID }
 
-// checkHash returns nil if hash is one of password, errWrongPassword if not. Every errWrongPassword costs
-// the same work, so that time does not tell whether the account exists. Where a hash is weaker than
-// configured, comparing once more at each cost from its own up to the configured one adds up: 2^10 + 2^10 +
-// 2^11 = 2^12. A stronger hash costs more, which configuring a lower cost accepts.
-func (s *server) checkHash(hash, password string) error {
-	cost, err := bcrypt.Cost([]byte(hash))
-	if err != nil {
-		return err
+// isUsable tells whether hash is one of bcrypt, of a cost that others can wait for. A cost of 31 takes days.
+func isUsable(hash string) bool {
+	usable, _ := regexp.MatchString(`^\$2[aby]\$(0[4-9]|1[0-5])\$[./0-9A-Za-z]{53}$`, hash)
+	return usable
+}
+
+// isPassword compares a password with a usable hash. Every no costs the same work, so that time does not
+// tell whether the account exists. Where a hash is weaker than configured, comparing once more at each cost
+// from its own up to the configured one adds up: 2^10 + 2^10 + 2^11 = 2^12. A stronger hash costs more,
+// which configuring a lower cost accepts.
+func (s *server) isPassword(hash, password string) bool {
+	err := s.cfg.compareHash([]byte(hash), []byte(password))
+	if err == nil {
+		return true
 	}
-	err = s.cfg.compareHash([]byte(hash), []byte(password))
-	if !errors.Is(err, bcrypt.ErrMismatchedHashAndPassword) {
-		return err
-	}
-	for ; cost < s.cfg.bcryptCost; cost++ {
+	for cost := costOf(hash); cost < s.cfg.bcryptCost; cost++ {
 		s.cfg.compareHash([]byte(dummyHash(cost)), []byte(password))
 	}
-	return errWrongPassword
+	return false
+}
+
+// costOf returns the cost of a usable hash.
+func costOf(hash string) int {
+	cost, err := bcrypt.Cost([]byte(hash))
+	if err != nil { // cannot be: isUsable asks for more than bcrypt
+		panic(err)
+	}
+	return cost
 }
 
 // dummyHash has the form of a bcrypt hash. It is of no known password.
@@ -431,8 +442,7 @@ func dummyHash(cost int) string {
 // upgradeHash stores a password's hash anew if it is weaker than configured. It runs after the answer. If it
 // fails, or too many wait for bcrypt, the next sign-in tries again.
 func (s *server) upgradeHash(userID, oldHash, password string) {
-	cost, err := bcrypt.Cost([]byte(oldHash))
-	if err != nil || cost >= s.cfg.bcryptCost {
+	if costOf(oldHash) >= s.cfg.bcryptCost {
 		return
 	}
 	newHash, err := s.hashAnew(password)

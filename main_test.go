@@ -2971,6 +2971,7 @@ func TestEveryWrongPasswordCostsTheSame(t *testing.T) {
 	t.Parallel()
 	const cost = 7
 	s := newInsider(t, 1, cost)
+	right := hashOf(t, password, bcrypt.MinCost)
 	empty := hashOf(t, "", bcrypt.MinCost)
 	nuls := strings.Repeat("\x00", 72) // all that bcrypt reads of a password
 	all := []string{wrongPassword, "x", strings.Repeat("x", 92)}
@@ -2986,6 +2987,14 @@ func TestEveryWrongPasswordCostsTheSame(t *testing.T) {
 	}
 	for weaker := bcrypt.MinCost; weaker <= cost; weaker++ {
 		cases = append(cases, stored{hash: hashOf(t, password, weaker), given: all, status: 401})
+	}
+	for _, hash := range []string{
+		"", "plain", password, "$argon2id$v=19$m=65536,t=3,p=4$c2FsdA$aGFzaA", right + "x", right[:59],
+		"$2x$" + right[4:], "$1a$" + right[4:], "$2$" + right[4:], right[:28] + "\n" + right[29:],
+		"$2a$03$" + right[7:], "$2a$16$" + right[7:], "$2a$31$" + right[7:], "$2a$99$" + right[7:],
+	} {
+		given := append(all, password, hash+"x")
+		cases = append(cases, stored{hash: hash, given: given, status: 401})
 	}
 	const body = `{"title":"Unauthorized","status":401,"detail":"The email or the password is wrong."}`
 	for i, tt := range cases {
@@ -3006,6 +3015,20 @@ func TestEveryWrongPasswordCostsTheSame(t *testing.T) {
 				t.Errorf("%q, password %.9q: %s, want errors of the password", tt.hash, text, a.body)
 			}
 		}
+	}
+}
+
+func TestAHashThatIsNotUsableIsWarnedOf(t *testing.T) {
+	t.Parallel()
+	s := newInsider(t, 1, bcrypt.MinCost)
+	user := s.addAccount(adaEmail, bcrypt.MinCost)
+	s.failures(1, adaEmail)
+	s.exec(`UPDATE users SET password = 'plain'`)
+	s.failures(3, adaEmail)
+	s.server.repeats.flush()
+	lines := s.log.lines("password hash not usable")
+	if eventsOf(lines) != 3 || lines[0]["user"] != user.ID || lines[0]["level"] != "WARN" {
+		t.Errorf("log lines %v, want warnings of 3 sign-ins of user %s", lines, user.ID)
 	}
 }
 
