@@ -1,5 +1,5 @@
-// HTTP: the routes and their handlers, cookies, JSON and problems, and what keeps sign-ins in bounds: the
-// throttle on failures and the gate in front of bcrypt.
+// HTTP: the routes and their handlers, cookies, JSON and problems, and the gate, which keeps sign-ins in
+// bounds.
 
 package main
 
@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"regexp"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -40,13 +41,20 @@ type serverConfig struct {
 	compareHash    func(hash, password []byte) error // bcrypt.CompareHashAndPassword; tests count its calls
 }
 
+// A sign-in is answered within 10 s: queueTimeout for the accounts and the queue, the rest for bcrypt,
+// which takes 2 s at the highest cost, and for the sessions.
+const (
+	bodyTimeout  = 10 * time.Second
+	queueTimeout = 5 * time.Second
+	storeTimeout = 2500 * time.Millisecond // for all that a request wants of the stores, in turn
+)
+
 // server answers requests.
 type server struct {
 	cfg         serverConfig
-	db          *database
-	sessions    SessionStore
+	accounts    *watchedAccounts
+	sessions    *watchedSessions
 	gate        *gate
-	throttle    *throttle
 	log         *slog.Logger
 	repeats     *repeats
 	mux         *http.ServeMux
@@ -55,11 +63,13 @@ type server struct {
 	draining    atomic.Bool    // the service is about to stop: each answer closes its connection
 	background  sync.WaitGroup // work that goes on after its answer
 	warnOfProxy sync.Once
-	answers     map[answerKind]*atomic.Int64
+	started     time.Time
+	inFlight    atomic.Int64 // requests
+	answers     sync.Map     // of answerKind to *atomic.Int64
 	events      serverEvents
 }
 
-// answerKind is the key of the counters of answers.
+// answerKind is what answers are counted by.
 type answerKind struct {
 	pattern string // of the route, "" where there is none
 	status  int
@@ -67,33 +77,31 @@ type answerKind struct {
 
 // serverEvents counts since the start.
 type serverEvents struct {
-	lookups     atomic.Int64 // sessions that the store was asked for
-	registered  atomic.Int64
-	signedIn    atomic.Int64
-	signedOut   atomic.Int64
-	refused     atomic.Int64 // sign-ins with a wrong email or password
-	throttled   atomic.Int64
-	tooBusy     atomic.Int64
-	storeErrors atomic.Int64
+	lookups    atomic.Int64 // sessions that the store was asked for
+	registered atomic.Int64
+	signedIn   atomic.Int64
+	signedOut  atomic.Int64
+	refused    atomic.Int64 // sign-ins with a wrong email or password
+	throttled  atomic.Int64
+	tooBusy    atomic.Int64
 }
 
 // handler returns the status and the JSON of an answer, or an error, which becomes a problem.
 type handler func(w http.ResponseWriter, r *http.Request) (status int, body any, err error)
 
 func newServer(cfg serverConfig, db *database, sessions SessionStore, log *slog.Logger) *server {
+	repeats := newRepeats(log)
 	s := &server{
 		cfg:      cfg,
-		db:       db,
-		sessions: sessions,
+		accounts: &watchedAccounts{db, &storeWatch{store: "accounts", log: log, repeats: repeats}},
+		sessions: &watchedSessions{sessions, &storeWatch{store: "sessions", log: log, repeats: repeats}},
 		gate:     newGate(cfg.bcryptSlots),
-		throttle: newThrottle(),
 		log:      log,
-		repeats:  newRepeats(log),
+		repeats:  repeats,
 		mux:      http.NewServeMux(),
 		paths:    map[string]bool{},
-		answers:  map[answerKind]*atomic.Int64{},
+		started:  time.Now(),
 	}
-	s.countAnswersOf("") // what has no route
 	s.route("/user", map[string]handler{"GET": s.showUser, "POST": s.register})
 	s.route("/user/signin", map[string]handler{"POST": s.signIn})
 	s.route("/user/session", map[string]handler{"DELETE": s.signOut})
@@ -120,49 +128,55 @@ func (s *server) route(path string, methods map[string]handler) {
 }
 
 func (s *server) handle(pattern string, handle handler) {
-	s.countAnswersOf(pattern)
 	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 		status, body, err := handle(w, r)
 		s.answer(w, r, status, body, err)
 	})
 }
 
-// countAnswersOf makes the counters of a pattern's answers. All are made at the start, so requests read the
-// map without a lock.
-func (s *server) countAnswersOf(pattern string) {
-	for _, status := range []int{200, 201, 204, 400, 401, 403, 404, 405, 409, 413, 415, 429, 500, 503} {
-		s.answers[answerKind{pattern, status}] = new(atomic.Int64)
+func (s *server) countAnswer(kind answerKind) {
+	count, ok := s.answers.Load(kind)
+	if !ok {
+		count, _ = s.answers.LoadOrStore(kind, new(atomic.Int64))
 	}
+	count.(*atomic.Int64).Add(1)
 }
 
-// metrics returns what was counted since the start, and what is going on, by name.
-func (s *server) metrics() map[string]int64 {
+// metrics returns by name what was counted since the start (…_total), and what is going on.
+func (s *server) metrics() map[string]any {
 	running, waiting := s.gate.load()
-	m := map[string]int64{
-		"session lookups":   s.events.lookups.Load(),
-		"registered":        s.events.registered.Load(),
-		"signed in":         s.events.signedIn.Load(),
-		"signed out":        s.events.signedOut.Load(),
-		"sign-ins refused":  s.events.refused.Load(),
-		"throttled":         s.events.throttled.Load(),
-		"too busy":          s.events.tooBusy.Load(),
-		"store errors":      s.events.storeErrors.Load(),
-		"bcrypts running":   int64(running),
-		"bcrypts waited on": int64(waiting),
+	answers := map[string]int64{}
+	for kind, count := range s.answers.Range {
+		name := fmt.Sprintf("%s %d", kind.(answerKind).pattern, kind.(answerKind).status)
+		answers[strings.TrimSpace(name)] = count.(*atomic.Int64).Load()
 	}
-	for kind, count := range s.answers {
-		if n := count.Load(); n > 0 {
-			m[strings.TrimSpace(fmt.Sprintf("%s %d", kind.pattern, kind.status))] = n
-		}
+	return map[string]any{
+		"session_lookups_total":      s.events.lookups.Load(),
+		"registered_total":           s.events.registered.Load(),
+		"signed_in_total":            s.events.signedIn.Load(),
+		"signed_out_total":           s.events.signedOut.Load(),
+		"sign_ins_refused_total":     s.events.refused.Load(),
+		"throttled_total":            s.events.throttled.Load(),
+		"too_busy_total":             s.events.tooBusy.Load(),
+		"session_store_errors_total": s.sessions.watch.errors.Load(),
+		"account_store_errors_total": s.accounts.watch.errors.Load(),
+		"answers_total":              answers,
+		"bcrypts_running":            running,
+		"sign_ins_waiting":           waiting,
+		"requests_in_flight":         s.inFlight.Load(),
+		"uptime_seconds":             time.Since(s.started).Seconds(),
+		"sessions_away_seconds":      s.sessions.watch.away().Seconds(),
+		"accounts_away_seconds":      s.accounts.watch.away().Seconds(),
 	}
-	return m
 }
 
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.inFlight.Add(1)
 	defer func() {
 		if p := recover(); p != nil {
 			s.answer(w, r, 0, nil, fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
 		}
+		s.inFlight.Add(-1)
 	}()
 	path := canonicalPath(r.URL)
 	if s.crossOrigin.Check(r) != nil {
@@ -192,7 +206,11 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, status int, body
 	header := w.Header()
 	header["Cache-Control"] = []string{"no-store"}
 	header["X-Content-Type-Options"] = []string{"nosniff"}
-	if s.draining.Load() {
+	// Before net/http sends an answer it reads what is left of the request's body, so that it finds the
+	// next request. Some proxies announce a body and send none. No method but POST has one, so the others
+	// do not wait for it: nothing on that connection is taken for a next request.
+	hasBody := r.ContentLength != 0 && r.Method != http.MethodPost
+	if hasBody || s.draining.Load() {
 		header["Connection"] = []string{"close"}
 	}
 	contentType := "application/json"
@@ -206,9 +224,7 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, status int, body
 		body = p
 		contentType = "application/problem+json"
 	}
-	if count := s.answers[answerKind{r.Pattern, status}]; count != nil {
-		count.Add(1)
-	}
+	s.countAnswer(answerKind{r.Pattern, status})
 	if body == nil {
 		w.WriteHeader(status)
 		return
@@ -228,9 +244,6 @@ type registration struct {
 	SessionID string `json:"sessionId"`
 }
 
-// register makes an account and its first session. That spans two stores, without half states: the session
-// comes first, and is deleted when the account cannot follow: its id is sent only after that. The session
-// that the cookie named has ended by then, whether the account follows or not.
 func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, error) {
 	form, err := readForm(w, r,
 		field{"name", checkName},
@@ -240,102 +253,80 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 		return 0, nil, err
 	}
 	client := s.clientOf(r)
-	try := s.throttle.registration(client)
-	defer try.end()
-	user, passwordHash, err := s.newAccount(r.Context(), form, client, try)
+	try := s.gate.newRegistration(client)
+	defer try.leave()
+	passwordHash, err := s.hashForRegistration(r.Context(), form, try)
 	if err != nil {
 		return 0, nil, err
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
-	id, err := s.openSession(ctx, r, user)
+	user, id, err := s.createAccount(ctx, form, passwordHash, try)
 	if err != nil {
 		return 0, nil, err
 	}
-	err = s.db.InsertUser(ctx, user, form["email"], passwordHash)
-	if err == nil || errors.Is(err, errEmailTaken) {
-		try.charge()
+	s.gate.rememberAccount(accountOf(user), client)
+	if old := sessionID(r); old != "" {
+		s.sessions.Delete(ctx, old) // if that fails, the log says so; the account is made
 	}
-	if err != nil {
-		s.discardSession(id)
-		return 0, nil, err
-	}
-	s.throttle.remember(user.ID, client)
 	s.events.registered.Add(1)
 	s.log.Info("registered", "user", user.ID, "client", client.addr)
 	s.setSessionCookie(w, id)
 	return http.StatusCreated, registration{User: user, SessionID: id}, nil
 }
 
-// newAccount returns the user that a form describes and the hash of its password. Looking the email up only
-// saves a bcrypt: InsertUser decides.
-func (s *server) newAccount(
-	ctx context.Context, form map[string]string, c client, try *attempt,
-) (user User, passwordHash string, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, queuePatience, errTooBusy)
+// hashForRegistration returns the hash of a form's password. Looking the email up only saves a bcrypt:
+// InsertUser decides. It is done in a slot, so that tries at the same moment that find the email taken keep
+// to the limit.
+func (s *server) hashForRegistration(
+	ctx context.Context, form map[string]string, try *try,
+) (string, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, queueTimeout, errTooBusy)
 	defer cancel()
-	place, err := s.admit(ctx, c, try)
-	if err != nil {
-		return User{}, "", err
+	if err := try.enter(ctx); err != nil {
+		return "", err
 	}
-	defer place.leave()
-	if err := s.db.EmailTaken(ctx, form["email"]); err != nil {
+	defer try.freeSlot()
+	if err := s.accounts.EmailTaken(ctx, form["email"]); err != nil {
 		if errors.Is(err, errEmailTaken) {
-			try.charge()
+			try.fail()
 		}
-		return User{}, "", err
-	}
-	if err := place.wait(ctx); err != nil {
-		return User{}, "", err
+		return "", err
 	}
 	hash, err := bcrypt.GenerateFromPassword([]byte(form["password"]), s.cfg.bcryptCost)
 	if err != nil {
-		return User{}, "", fmt.Errorf("hashing a password: %w", err)
+		return "", fmt.Errorf("hashing a password: %w", err)
 	}
+	return string(hash), nil
+}
+
+// createAccount makes an account and its first session, and returns the session's id. It spans two stores,
+// without half states: the session comes first, and is deleted when the account cannot follow. Nobody knows
+// its id before that.
+func (s *server) createAccount(
+	ctx context.Context, form map[string]string, passwordHash string, try *try,
+) (user User, id string, err error) {
 	now := time.Now().UTC().Format(timeFormat)
 	user = User{
 		ID:        newUUID(),
 		Name:      strings.TrimSpace(form["name"]),
-		Email:     normalizeEmail(form["email"]),
+		Email:     strings.TrimSpace(form["email"]),
 		CreatedAt: now,
 		UpdatedAt: now,
 	}
-	return user, string(hash), nil
-}
-
-// admit returns a place in the line of c's network for bcrypt. It refuses at once where a limit has been
-// reached or the line is full; else it may wait, until ctx ends, for tries that run.
-func (s *server) admit(ctx context.Context, c client, try *attempt) (*place, error) {
-	if wait := try.wait(); wait > 0 {
-		return nil, throttledError{wait}
+	id = newUUID()
+	if err := s.sessions.Create(ctx, id, user, s.cfg.sessionTTL); err != nil {
+		return User{}, "", err
 	}
-	place, err := s.gate.enter(c.network())
+	err = s.accounts.InsertUser(ctx, user, form["email"], passwordHash)
+	if err == nil || errors.Is(err, errEmailTaken) {
+		try.fail() // registrations count, whatever comes of them
+	}
 	if err != nil {
-		return nil, err
-	}
-	if err := try.begin(ctx); err != nil {
-		place.leave()
-		return nil, err
-	}
-	return place, nil
-}
-
-// openSession makes a session and ends the one that the request's cookie names. It returns the new one's id.
-func (s *server) openSession(ctx context.Context, r *http.Request, user User) (string, error) {
-	id := newUUID()
-	err := s.sessions.Create(ctx, id, user, s.cfg.sessionTTL)
-	if err != nil {
-		return "", err
-	}
-	old := sessionID(r)
-	if old == "" {
-		return id, nil
-	}
-	if err := s.sessions.Delete(ctx, old); err != nil && !errors.Is(err, errNoSession) {
 		s.discardSession(id)
-		return "", err
+		return User{}, "", err
 	}
-	return id, nil
+	return user, id, nil
 }
 
 // discardSession deletes a session whose id was not sent. Should that fail, the session expires.
@@ -357,15 +348,127 @@ func (s *server) signIn(w http.ResponseWriter, r *http.Request) (int, any, error
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
-	id, err := s.openSession(ctx, r, user)
-	if err != nil {
+	id := newUUID()
+	if err := s.sessions.Create(ctx, id, user, s.cfg.sessionTTL); err != nil {
 		return 0, nil, err
+	}
+	if old := sessionID(r); old != "" {
+		if err := s.sessions.Delete(ctx, old); err != nil && !errors.Is(err, errNoSession) {
+			s.discardSession(id)
+			return 0, nil, err
+		}
 	}
 	s.events.signedIn.Add(1)
 	s.log.Info("signed in", "user", user.ID, "client", client.addr)
 	s.background.Go(func() { s.upgradeHash(user.ID, passwordHash, form["password"]) })
 	s.setSessionCookie(w, id)
 	return http.StatusOK, user, nil
+}
+
+// authenticate returns the user whose email and password these are, and the password's hash.
+func (s *server) authenticate(ctx context.Context, email, password string, c client) (User, string, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, queueTimeout, errTooBusy)
+	defer cancel()
+	user, passwordHash, err := s.accounts.UserByEmail(ctx, email)
+	found := err == nil
+	if err != nil && !errors.Is(err, errUserNotFound) {
+		return User{}, "", err
+	}
+	account := accountOf(user)
+	if !found {
+		account = "email " + strings.ToLower(strings.TrimSpace(email))
+	}
+	try := s.gate.newSignIn(account, c)
+	if err := try.enter(ctx); err != nil {
+		return User{}, "", err
+	}
+	defer try.leave()
+	usable := isUsable(passwordHash)
+	if found && !usable {
+		s.repeats.log(slog.LevelWarn, "password hash not usable", "user", user.ID)
+	}
+	if !usable {
+		passwordHash = dummyHash(s.cfg.bcryptCost)
+	}
+	if !s.isPassword(passwordHash, password) || !usable {
+		try.fail()
+		s.events.refused.Add(1)
+		s.log.Info("sign-in refused", "user", user.ID, "client", c.addr)
+		return User{}, "", errWrongPassword
+	}
+	try.succeed()
+	return user, passwordHash, nil
+}
+
+// accountOf names a user's account to the gate. Emails that no account has are named otherwise, or somebody
+// could use up an account's failures by signing in with its id.
+func accountOf(user User) string { return "id " + user.ID }
+
+// isUsable tells whether hash is one of bcrypt, of a cost that others can wait for. A cost of 31 takes days.
+func isUsable(hash string) bool {
+	usable, _ := regexp.MatchString(`^\$2[aby]\$(0[4-9]|1[0-5])\$[./0-9A-Za-z]{53}$`, hash)
+	return usable
+}
+
+// isPassword compares a password with a usable hash. Every no costs the same work, so that time does not
+// tell whether the account exists. Where a hash is weaker than configured, comparing once more at each cost
+// from its own up to the configured one adds up: 2^10 + 2^10 + 2^11 = 2^12. A stronger hash costs more,
+// which configuring a lower cost accepts.
+func (s *server) isPassword(hash, password string) bool {
+	err := s.cfg.compareHash([]byte(hash), []byte(password))
+	if err == nil {
+		return true
+	}
+	for cost := costOf(hash); cost < s.cfg.bcryptCost; cost++ {
+		s.cfg.compareHash([]byte(dummyHash(cost)), []byte(password))
+	}
+	return false
+}
+
+// costOf returns the cost of a usable hash.
+func costOf(hash string) int {
+	cost, err := bcrypt.Cost([]byte(hash))
+	if err != nil { // cannot be: isUsable asks for more than bcrypt
+		panic(err)
+	}
+	return cost
+}
+
+// dummyHash has the form of a bcrypt hash. It is of no known password.
+func dummyHash(cost int) string {
+	return fmt.Sprintf("$2a$%02d$%s", cost, strings.Repeat("u", 53))
+}
+
+// upgradeHash stores a password's hash anew if it is weaker than configured. It runs after the answer. If it
+// fails, or too many wait for bcrypt, the next sign-in tries again.
+func (s *server) upgradeHash(userID, oldHash, password string) {
+	if costOf(oldHash) >= s.cfg.bcryptCost {
+		return
+	}
+	newHash, err := s.hashAnew(password)
+	if errors.Is(err, errTooBusy) {
+		return
+	}
+	if err == nil {
+		err = s.accounts.ReplacePasswordHash(context.Background(), userID, oldHash, newHash)
+	}
+	if err != nil {
+		s.repeats.log(slog.LevelWarn, "password hash not upgraded", "user", userID, "err", err)
+	}
+}
+
+// hashAnew hashes what bcrypt reads of a password. All that is stored anew stands in one line, that of no
+// network.
+func (s *server) hashAnew(password string) (string, error) {
+	ctx, cancel := context.WithTimeoutCause(context.Background(), queueTimeout, errTooBusy)
+	defer cancel()
+	try := s.gate.newTry(netip.Prefix{})
+	if err := try.enter(ctx); err != nil {
+		return "", err
+	}
+	defer try.leave()
+	hash, err := bcrypt.GenerateFromPassword([]byte(firstBytes(password)), s.cfg.bcryptCost)
+	return string(hash), err
 }
 
 func (s *server) showUser(w http.ResponseWriter, r *http.Request) (int, any, error) {
@@ -398,17 +501,18 @@ func (s *server) signOut(w http.ResponseWriter, r *http.Request) (int, any, erro
 	return http.StatusNoContent, nil, nil
 }
 
-// health asks both stores at the same time, so that two slow ones still answer within storeTimeout. A service
-// that drains is not well: a balancer shall leave it.
+// health asks both stores at the same time, so that two slow ones still answer within storeTimeout. It sends
+// balancers away once the service is about to stop.
 func (s *server) health(w http.ResponseWriter, r *http.Request) (int, any, error) {
 	if s.draining.Load() {
-		return 0, nil, retryLater(http.StatusServiceUnavailable, time.Second, "The service is about to stop.")
+		return 0, nil, retryLater(http.StatusServiceUnavailable, 2*time.Second,
+			"The service is about to stop.")
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
 	sessions := make(chan error, 1)
 	go func() { sessions <- s.sessions.Ping(ctx) }()
-	if err := s.db.Ping(ctx); err != nil {
+	if err := s.accounts.Ping(ctx); err != nil {
 		return 0, nil, err
 	}
 	if err := <-sessions; err != nil {
@@ -435,8 +539,8 @@ func (s *server) finish(ctx context.Context) error {
 const cookieName = "session-id"
 
 // sessionID returns the session id that the request's cookies name: the first one that is a UUID, or "".
-// Other paths or domains may have set cookies of this name. Every lookup comes here, so it does not make an
-// http.Cookie of each.
+// Other paths or domains may have set cookies of this name. Every lookup comes here: r.CookiesNamed would
+// cost it half a microsecond and two allocations more, some 2 %.
 func sessionID(r *http.Request) string {
 	for _, line := range r.Header["Cookie"] {
 		for pair := range strings.SplitSeq(line, ";") {
@@ -470,101 +574,6 @@ func (s *server) setSessionCookie(w http.ResponseWriter, id string) {
 		Secure:   s.cfg.cookieSecure,
 		SameSite: http.SameSiteLaxMode,
 	})
-}
-
-// authenticate returns the user whose email and password these are, and the password's hash.
-func (s *server) authenticate(ctx context.Context, email, password string, c client) (User, string, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, queuePatience, errTooBusy)
-	defer cancel()
-	user, passwordHash, err := s.db.UserByEmail(ctx, email)
-	known := err == nil
-	account := user.ID // whose count it is, however the email was typed
-	if errors.Is(err, errUserNotFound) {
-		account = normalizeEmail(email)
-		passwordHash = dummyHash(s.cfg.bcryptCost)
-	} else if err != nil {
-		return User{}, "", err
-	}
-	try := s.throttle.signIn(account, c)
-	place, err := s.admit(ctx, c, try)
-	if err != nil {
-		return User{}, "", err
-	}
-	defer place.leave()
-	defer try.end()
-	if err := place.wait(ctx); err != nil {
-		return User{}, "", err
-	}
-	err = s.checkHash(passwordHash, password)
-	if err == nil && !known {
-		err = errWrongPassword
-	}
-	if err != nil {
-		try.charge()
-		if !errors.Is(err, errWrongPassword) {
-			return User{}, "", fmt.Errorf("comparing with the password hash of user %s: %w", user.ID, err)
-		}
-		s.events.refused.Add(1)
-		s.log.Info("sign-in refused", "user", user.ID, "client", c.addr)
-		return User{}, "", err
-	}
-	try.succeed()
-	return user, passwordHash, nil
-}
-
-// checkHash returns nil if hash is one of password, errWrongPassword if not. Every errWrongPassword costs
-// the same work, so that time does not tell whether the account exists. Where a hash is weaker than
-// configured, comparing once more at each cost from its own up to the configured one adds up: 2^10 + 2^10 +
-// 2^11 = 2^12. A stronger hash costs more, which configuring a lower cost accepts.
-func (s *server) checkHash(hash, password string) error {
-	cost, err := bcrypt.Cost([]byte(hash))
-	if err != nil {
-		return err
-	}
-	err = s.cfg.compareHash([]byte(hash), []byte(password))
-	if !errors.Is(err, bcrypt.ErrMismatchedHashAndPassword) {
-		return err
-	}
-	for ; cost < s.cfg.bcryptCost; cost++ {
-		s.cfg.compareHash([]byte(dummyHash(cost)), []byte(password))
-	}
-	return errWrongPassword
-}
-
-// dummyHash has the form of a bcrypt hash. It is of no known password.
-func dummyHash(cost int) string {
-	return fmt.Sprintf("$2a$%02d$%s", cost, strings.Repeat("u", 53))
-}
-
-// upgradeHash stores a password's hash anew if it is weaker than configured. It runs after the answer. If
-// it fails, or bcrypt is needed for sign-ins, the next sign-in tries again.
-func (s *server) upgradeHash(userID, oldHash, password string) {
-	cost, err := bcrypt.Cost([]byte(oldHash))
-	if err != nil || cost >= s.cfg.bcryptCost {
-		return
-	}
-	newHash, err := s.hashIfIdle(password)
-	if errors.Is(err, errTooBusy) {
-		return
-	}
-	if err == nil {
-		err = s.db.ReplacePasswordHash(context.Background(), userID, oldHash, newHash)
-	}
-	if err != nil {
-		s.repeats.log(slog.LevelWarn, "password hash not upgraded", "user", userID, "err", err)
-	}
-}
-
-// hashIfIdle hashes what bcrypt reads of a password. It returns errTooBusy if no slot is free or any
-// sign-in waits.
-func (s *server) hashIfIdle(password string) (string, error) {
-	place := s.gate.enterIfIdle()
-	if place == nil {
-		return "", errTooBusy
-	}
-	defer place.leave()
-	hash, err := bcrypt.GenerateFromPassword([]byte(firstBytes(password)), s.cfg.bcryptCost)
-	return string(hash), err
 }
 
 const (
@@ -667,7 +676,7 @@ func isVisible(r rune) bool {
 
 // checkEmail accepts what a browser's email field does, and letters beyond ASCII.
 func checkEmail(text string) error {
-	email := normalizeEmail(text)
+	email := strings.TrimSpace(text)
 	local, domain, _ := strings.Cut(email, "@")
 	if local == "" || domain == "" || strings.Contains(domain, "@") || len(email) > maxEmail {
 		return fmt.Errorf("must be an email address of at most %d bytes, such as ada@example.com", maxEmail)
@@ -688,9 +697,10 @@ func checkPassword(text string) error {
 	return nil
 }
 
-// checkGivenEmail is for sign-ins: accounts of the original obeyed no rule.
+// checkGivenEmail is for sign-ins: accounts of the original obeyed no rule. One that has an empty email is
+// open to nobody.
 func checkGivenEmail(text string) error {
-	if text == "" {
+	if strings.TrimSpace(text) == "" {
 		return errors.New("must not be empty")
 	}
 	return nil
@@ -744,7 +754,8 @@ type throttledError struct {
 func (e throttledError) Error() string { return fmt.Sprintf("throttled for %v", e.wait) }
 
 // problemOf is the one place where an error becomes a status. It counts and logs what the operator should
-// know; the text of internal errors never reaches the client.
+// know, but for errors of the stores, which their storeWatch has logged. The text of internal errors never
+// reaches the client.
 func (s *server) problemOf(r *http.Request, err error) *problem {
 	if p, ok := errors.AsType[*problem](err); ok {
 		return p
@@ -771,26 +782,118 @@ func (s *server) problemOf(r *http.Request, err error) *problem {
 	case errors.Is(err, errTooBusy):
 		s.events.tooBusy.Add(1)
 		s.repeats.log(slog.LevelWarn, "too busy", "path", r.URL.Path, "client", s.clientOf(r).addr)
-		return retryLater(http.StatusServiceUnavailable, 2*queuePatience,
+		return retryLater(http.StatusServiceUnavailable, 2*queueTimeout,
 			"Too many people are signing in. Try again.")
-	case errors.Is(err, context.Canceled), errors.Is(err, errUnavailable) && r.Context().Err() != nil:
-		return s.storeProblem() // the client has left: nobody reads this
-	case errors.Is(err, errRefused):
-		s.events.storeErrors.Add(1)
-		s.repeats.log(slog.LevelError, "store refuses", "err", err)
-		return s.storeProblem()
-	case errors.Is(err, errUnavailable):
-		s.events.storeErrors.Add(1)
-		s.repeats.log(slog.LevelError, "store out of reach", "err", err)
-		return s.storeProblem()
+	case errors.Is(err, errUnavailable), errors.Is(err, context.Canceled): // the client has left
+		return retryLater(http.StatusServiceUnavailable, 2*time.Second,
+			"The service cannot reach its data. Try again.")
 	}
-	s.log.Error("request failed", "method", r.Method, "path", r.URL.Path, "err", err)
+	s.repeats.log(slog.LevelError, "request failed", "method", r.Method, "path", r.URL.Path, "err", err)
 	return newProblem(http.StatusInternalServerError, "The service failed. The fault is logged.")
 }
 
-func (s *server) storeProblem() *problem {
-	return retryLater(http.StatusServiceUnavailable, 2*time.Second,
-		"The service cannot reach its data. Try again.")
+// storeWatch tells the operator how a store is: it counts and logs the store's errors, and logs its return.
+type storeWatch struct {
+	store   string // its name in the log
+	log     *slog.Logger
+	repeats *repeats
+	errors  atomic.Int64
+	outage  atomic.Pointer[outage] // nil while the store answers
+}
+
+// outage is the time in which a store was out of reach.
+type outage struct {
+	since  time.Time
+	latest time.Time // failure
+}
+
+// see looks at how an operation of the store ended, and returns its error.
+func (w *storeWatch) see(ctx context.Context, err error) error {
+	switch {
+	case err != nil && errors.Is(ctx.Err(), context.Canceled): // the client has left, which says nothing
+	case !errors.Is(err, errUnavailable):
+		w.answered()
+	case errors.Is(err, errRefused):
+		w.errors.Add(1)
+		w.repeats.log(slog.LevelError, "store refuses", "store", w.store, "err", err)
+	default:
+		w.errors.Add(1)
+		w.repeats.log(slog.LevelError, "store out of reach", "store", w.store, "err", err)
+		now := time.Now()
+		since := now
+		if before := w.outage.Load(); before != nil {
+			since = before.since
+		}
+		w.outage.Store(&outage{since: since, latest: now})
+	}
+	return err
+}
+
+// answered ends an outage. Of a cluster one node may be away while the others answer: the store is back once
+// nothing has failed for a second.
+func (w *storeWatch) answered() {
+	o := w.outage.Load()
+	if o == nil || time.Since(o.latest) < time.Second || !w.outage.CompareAndSwap(o, nil) {
+		return
+	}
+	away := time.Since(o.since).Round(time.Millisecond)
+	w.log.Info("store is back", "store", w.store, "away", away.String())
+}
+
+// away returns for how long the store has been out of reach, 0 if it is not.
+func (w *storeWatch) away() time.Duration {
+	o := w.outage.Load()
+	if o == nil {
+		return 0
+	}
+	return time.Since(o.since)
+}
+
+// watchedSessions is a session store that is watched.
+type watchedSessions struct {
+	SessionStore
+	watch *storeWatch
+}
+
+func (s *watchedSessions) Create(ctx context.Context, id string, user User, ttl time.Duration) error {
+	return s.watch.see(ctx, s.SessionStore.Create(ctx, id, user, ttl))
+}
+
+func (s *watchedSessions) Get(ctx context.Context, id string) (User, error) {
+	user, err := s.SessionStore.Get(ctx, id)
+	return user, s.watch.see(ctx, err)
+}
+
+func (s *watchedSessions) Delete(ctx context.Context, id string) error {
+	return s.watch.see(ctx, s.SessionStore.Delete(ctx, id))
+}
+
+func (s *watchedSessions) Ping(ctx context.Context) error {
+	return s.watch.see(ctx, s.SessionStore.Ping(ctx))
+}
+
+// watchedAccounts is the account database, watched. ReplacePasswordHash is not: its failing has a line of
+// its own.
+type watchedAccounts struct {
+	*database
+	watch *storeWatch
+}
+
+func (a *watchedAccounts) EmailTaken(ctx context.Context, typed string) error {
+	return a.watch.see(ctx, a.database.EmailTaken(ctx, typed))
+}
+
+func (a *watchedAccounts) InsertUser(ctx context.Context, user User, typed, passwordHash string) error {
+	return a.watch.see(ctx, a.database.InsertUser(ctx, user, typed, passwordHash))
+}
+
+func (a *watchedAccounts) UserByEmail(ctx context.Context, typed string) (User, string, error) {
+	user, passwordHash, err := a.database.UserByEmail(ctx, typed)
+	return user, passwordHash, a.watch.see(ctx, err)
+}
+
+func (a *watchedAccounts) Ping(ctx context.Context) error {
+	return a.watch.see(ctx, a.database.Ping(ctx))
 }
 
 // client is who sent a request.
@@ -809,8 +912,8 @@ func (c client) network() netip.Prefix {
 	return network
 }
 
-// isProxy tells whether this is probably a proxy that nobody told us to trust, and no client.
-func (c client) isProxy() bool {
+// looksLikeProxy tells whether this is probably a proxy that nobody told us to trust, and no client.
+func (c client) looksLikeProxy() bool {
 	return !c.named && (c.addr.IsLoopback() || c.addr.IsPrivate())
 }
 
@@ -818,7 +921,7 @@ func (c client) isProxy() bool {
 // right, where each proxy adds its peer, as long as the address so far is a trusted proxy's.
 func (s *server) clientOf(r *http.Request) client {
 	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
-	c := client{addr: plainAddr(peer.Addr())}
+	c := client{addr: unmapped(peer.Addr())}
 	forwarded := strings.Join(r.Header.Values("X-Forwarded-For"), ",")
 	if forwarded == "" {
 		return c
@@ -850,248 +953,121 @@ func (s *server) isTrusted(addr netip.Addr) bool {
 func parseHop(text string) (netip.Addr, bool) {
 	text = strings.Trim(strings.TrimSpace(text), `"`)
 	if addrPort, err := netip.ParseAddrPort(text); err == nil {
-		return plainAddr(addrPort.Addr()), true
+		return unmapped(addrPort.Addr()), true
 	}
 	if inner, ok := strings.CutPrefix(text, "["); ok {
 		text = strings.TrimSuffix(inner, "]")
 	}
 	addr, err := netip.ParseAddr(text)
-	return plainAddr(addr), err == nil
+	return unmapped(addr), err == nil
 }
 
-// plainAddr returns an IPv4 address as such, and any without its zone.
-func plainAddr(addr netip.Addr) netip.Addr { return addr.Unmap().WithZone("") }
+// unmapped returns an IPv4 address as such, and any without its zone.
+func unmapped(addr netip.Addr) netip.Addr { return addr.Unmap().WithZone("") }
 
-// repeats logs each message at most once a second, with the number of events since. It is for what clients
-// can cause at will.
+// repeats logs each message at most once a second, with the number of events since its last line. It is for
+// what clients can cause at will.
 type repeats struct {
 	logger *slog.Logger
 	mu     sync.Mutex
-	recent map[string]*repeated // by message: logged less than a second ago
+	lines  map[string]*repeated // by message
 }
 
 // repeated is a message, and what has happened since its last line.
 type repeated struct {
-	level slog.Level
-	count int
-	args  []any // of the latest event
+	level  slog.Level
+	args   []any // of the latest event
+	count  int
+	recent bool // the last line is less than a second old
 }
 
 func newRepeats(logger *slog.Logger) *repeats {
-	return &repeats{logger: logger, recent: map[string]*repeated{}}
+	return &repeats{logger: logger, lines: map[string]*repeated{}}
 }
 
-func (l *repeats) log(level slog.Level, msg string, args ...any) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if event := l.recent[msg]; event != nil {
-		event.count++
-		event.args = args
+func (r *repeats) log(level slog.Level, msg string, args ...any) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	line := r.lines[msg]
+	if line == nil {
+		line = &repeated{}
+		r.lines[msg] = line
+	}
+	line.level = level
+	line.args = args
+	line.count++
+	if !line.recent {
+		r.write(msg, line)
+	}
+}
+
+// write writes what has happened, if anything has, and does so again in a second. The caller holds r.mu.
+func (r *repeats) write(msg string, line *repeated) {
+	line.recent = line.count > 0
+	if line.count == 0 {
 		return
 	}
-	l.write(msg, &repeated{level: level, count: 1, args: args})
+	r.logger.Log(context.Background(), line.level, msg, append(line.args, "count", line.count)...)
+	line.count = 0
+	time.AfterFunc(time.Second, func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.write(msg, line)
+	})
 }
 
-// write logs a message, which is not logged again for a second. The caller holds l.mu.
-func (l *repeats) write(msg string, event *repeated) {
-	l.logger.Log(context.Background(), event.level, msg, append(event.args, "count", event.count)...)
-	l.recent[msg] = &repeated{level: event.level}
-	time.AfterFunc(time.Second, func() { l.endSecond(msg) })
-}
-
-func (l *repeats) endSecond(msg string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	event := l.recent[msg]
-	delete(l.recent, msg)
-	if event != nil && event.count > 0 {
-		l.write(msg, event)
+// flush writes what has not been written yet, at the end of the service.
+func (r *repeats) flush() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, msg := range slices.Sorted(maps.Keys(r.lines)) {
+		r.write(msg, r.lines[msg])
 	}
 }
 
-// flush logs what has not been yet, at the end of the service.
-func (l *repeats) flush() {
-	l.mu.Lock()
-	messages := slices.Sorted(maps.Keys(l.recent))
-	l.mu.Unlock()
-	for _, msg := range messages {
-		l.endSecond(msg)
-	}
-}
-
-// A sign-in is answered within 10 s: queuePatience for the throttle and the queue, the rest for bcrypt, which
-// takes 2 s at the highest cost, and for the stores.
+// Bounds of the gate. Counts and known pairs take some 10 MB each; past their bounds some are forgotten at
+// random.
 const (
-	bodyTimeout   = 10 * time.Second
-	queuePatience = 5 * time.Second
-	storeTimeout  = 2500 * time.Millisecond // for all that a request wants of the stores, in turn
-	maxQueue      = 256                     // tries that wait for bcrypt
-	maxLine       = maxQueue / 4            // those of one network
-)
-
-// gate lets in a few bcrypts at a time. Past them tries wait, bounded in number, each network in a line of
-// its own; the lines take turns, so that a long one does not hold up another.
-type gate struct {
-	mu      sync.Mutex
-	slots   int
-	running int
-	waiting int                    // places in all lines
-	lines   map[netip.Prefix]*line // that have a place taken
-	turns   []netip.Prefix         // the lines in which somebody waits for a slot, the next one first
-}
-
-// line is the queue of one network.
-type line struct {
-	places int      // those that have entered and have no slot yet
-	queue  []*place // those that wait for a slot
-}
-
-// place is where one attempt stands: in a line, then in a slot.
-type place struct {
-	gate    *gate
-	network netip.Prefix
-	given   chan struct{} // closed when the slot is given
-	inLine  bool
-	inSlot  bool
-}
-
-func newGate(slots int) *gate {
-	return &gate{slots: slots, lines: map[netip.Prefix]*line{}}
-}
-
-// enter takes a place in the network's line. It returns errTooBusy if that line or the whole queue is full.
-func (g *gate) enter(network netip.Prefix) (*place, error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	l := g.lines[network]
-	if g.waiting >= maxQueue || l != nil && l.places >= maxLine {
-		return nil, errTooBusy
-	}
-	if l == nil {
-		l = &line{}
-		g.lines[network] = l
-	}
-	l.places++
-	g.waiting++
-	return &place{gate: g, network: network, given: make(chan struct{}), inLine: true}, nil
-}
-
-// enterIfIdle gives a slot at once if one is free and nobody waits, else nil.
-func (g *gate) enterIfIdle() *place {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.running >= g.slots || g.waiting > 0 {
-		return nil
-	}
-	g.running++
-	return &place{gate: g, inSlot: true}
-}
-
-// wait waits for a slot, or for ctx to end; then the error is ctx's cause.
-func (p *place) wait(ctx context.Context) error {
-	p.gate.queueUp(p)
-	select {
-	case <-p.given:
-		return nil
-	case <-ctx.Done():
-		p.leave()
-		return context.Cause(ctx)
-	}
-}
-
-// leave gives up what the place has, in the line or in a slot. It may be called again.
-func (p *place) leave() {
-	g := p.gate
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if p.inLine {
-		g.leaveLine(p)
-	}
-	if p.inSlot {
-		p.inSlot = false
-		g.running--
-		g.giveSlots()
-	}
-}
-
-// load returns how many bcrypts run and how many tries wait.
-func (g *gate) load() (running, waiting int) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.running, g.waiting
-}
-
-// queueUp lets p wait for a slot in its line.
-func (g *gate) queueUp(p *place) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	l := g.lines[p.network]
-	l.queue = append(l.queue, p)
-	if len(l.queue) == 1 {
-		g.turns = append(g.turns, p.network)
-	}
-	g.giveSlots()
-}
-
-// giveSlots gives what slots are free, one to each line in turn. The caller holds g.mu.
-func (g *gate) giveSlots() {
-	for g.running < g.slots && len(g.turns) > 0 {
-		p := g.lines[g.turns[0]].queue[0]
-		g.turns = g.turns[1:]
-		others := len(g.lines[p.network].queue) > 1
-		g.leaveLine(p)
-		if others {
-			g.turns = append(g.turns, p.network)
-		}
-		p.inSlot = true
-		g.running++
-		close(p.given)
-	}
-}
-
-// leaveLine takes p out of its line, and the line out of the turns if nobody else waits in it. The caller
-// holds g.mu.
-func (g *gate) leaveLine(p *place) {
-	p.inLine = false
-	g.waiting--
-	l := g.lines[p.network]
-	l.places--
-	l.queue = slices.DeleteFunc(l.queue, func(other *place) bool { return other == p })
-	if len(l.queue) == 0 {
-		g.turns = slices.DeleteFunc(g.turns, func(n netip.Prefix) bool { return n == p.network })
-	}
-	if l.places == 0 {
-		delete(g.lines, p.network)
-	}
-}
-
-// limit allows burst attempts at once, then one more each interval.
-type limit struct {
-	burst    int
-	interval time.Duration
-}
-
-// How many counts, and how many pairs of account and network, the throttle remembers: some 10 MB of each.
-// Past them it forgets some at random.
-const (
+	maxQueue  = 256          // tries that wait
+	maxLine   = maxQueue / 4 // those of one network
 	maxCounts = 1 << 17
 	maxKnown  = 1 << 17
 )
 
-// throttle counts tries by account and network. It has three limits. Looking stores nothing. An account is
-// a user's id, or a normalized email that nobody has.
+// gate decides which tries to sign in or to register may run bcrypt, and when. It lets in as many as there
+// are slots, as long as none of them could exceed a limit on failures.
 //
-// An attempt that runs reserves one failure, so attempts at the same moment cannot exceed a limit: the next
-// one waits until one of them has ended.
-type throttle struct {
-	pair    limit // failed sign-ins for one account from one network
-	account limit // failed sign-ins for one account from all networks
-	network limit // failed sign-ins and registrations from one network
+// A try that has to wait stands in a queue that is sorted by turn. It has the turn after that of the latest
+// one let in, or after that of its network's last one in the queue. So networks alternate: a long line of
+// one holds up no other, and ever new networks pass nobody by.
+type gate struct {
+	slots int
 
 	mu     sync.Mutex
-	counts map[countKey]*count
+	taken  int // slots
+	turn   int // the latest that was let in
+	queue  []*try
+	counts map[countKey]count
 	known  map[countKey]bool // pairs of an account and a network from which it has signed in
-	ended  chan struct{}     // closed, and made anew, when a try ends
+}
+
+// try is one try to sign in, to register or to store a hash anew.
+type try struct {
+	gate    *gate
+	network netip.Prefix
+	limits  []limit
+	pair    countKey // of account and network; succeed uses it
+	turn    int
+	decided chan error // gets nil when the try is let in, or the reason why not
+	inSlot  bool
+	running bool // let in, and not ended: has room for a failure in each of its counts
+}
+
+// limit allows burst failures at once, then one more each interval.
+type limit struct {
+	burst    int
+	interval time.Duration
+	key      countKey // of the count that it limits
 }
 
 // countKey is a hash of what is counted, as a client may send a long email.
@@ -1101,205 +1077,251 @@ func newCountKey(kind, account string, network netip.Prefix) countKey {
 	return sha256.Sum256([]byte(kind + " " + network.String() + " " + account))
 }
 
-// count is a leaky bucket in the form of the generic cell rate algorithm: each failure moves the time at
-// which it is empty by the limit's interval.
+// count holds the failures of one key, as the generic cell rate algorithm does.
 type count struct {
-	emptyAt time.Time
-	running int
+	emptyAt time.Time // when all are forgiven; each failure adds an interval
+	running int       // tries that may yet fail
 }
 
-func (c *count) isEmpty(now time.Time) bool { return c.running == 0 && !c.emptyAt.After(now) }
+func (c count) isEmpty(now time.Time) bool { return c.running == 0 && !c.emptyAt.After(now) }
 
-// attempt is one try to sign in or to register.
-type attempt struct {
-	throttle *throttle
-	limits   []keyedLimit
-	pair     countKey // of a sign-in; succeed uses it
-	running  bool
+func newGate(slots int) *gate {
+	return &gate{slots: slots, counts: map[countKey]count{}, known: map[countKey]bool{}}
 }
 
-type keyedLimit struct {
-	limit
-	key countKey
+// newTry returns a try that no limit holds up.
+func (g *gate) newTry(network netip.Prefix) *try {
+	return &try{gate: g, network: network, decided: make(chan error, 1)}
 }
 
-func newThrottle() *throttle {
-	return &throttle{
-		pair:    limit{burst: 10, interval: time.Minute},
-		account: limit{burst: 100, interval: time.Minute / 10},
-		network: limit{burst: 100, interval: time.Minute / 10},
-		counts:  map[countKey]*count{},
-		known:   map[countKey]bool{},
-		ended:   make(chan struct{}),
+// newRegistration returns a try to register.
+func (g *gate) newRegistration(c client) *try {
+	t := g.newTry(c.network())
+	if !c.looksLikeProxy() {
+		key := newCountKey("network", "", t.network)
+		t.limits = append(t.limits, limit{burst: 100, interval: time.Minute / 10, key: key})
+	}
+	return t
+}
+
+// newSignIn returns a try to sign in to an account.
+func (g *gate) newSignIn(account string, c client) *try {
+	t := g.newRegistration(c)
+	t.pair = newCountKey("pair", account, t.network)
+	t.limits = append(t.limits, limit{burst: 10, interval: time.Minute, key: t.pair})
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.known[t.pair] {
+		key := newCountKey("account", account, netip.Prefix{})
+		t.limits = append(t.limits, limit{burst: 100, interval: time.Minute / 10, key: key})
+	}
+	return t
+}
+
+// load returns how many slots are taken and how many tries wait.
+func (g *gate) load() (taken, waiting int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.taken, len(g.queue)
+}
+
+// enter waits until the try is let in, or for ctx to end; then the error is ctx's cause. It is a
+// throttledError where a limit is reached, errTooBusy where too many wait already. Who was let in must call
+// leave.
+func (t *try) enter(ctx context.Context) error {
+	if err := t.gate.queueUp(t); err != nil {
+		return err
+	}
+	select {
+	case err := <-t.decided:
+		return err
+	case <-ctx.Done():
+		t.leave()
+		return context.Cause(ctx)
 	}
 }
 
-// signIn returns a try to sign in to an account.
-func (t *throttle) signIn(account string, c client) *attempt {
-	a := t.registration(c)
-	a.pair = newCountKey("pair", account, c.network())
-	a.limits = append(a.limits, keyedLimit{t.pair, a.pair})
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if !t.known[a.pair] {
-		a.limits = append(a.limits, keyedLimit{t.account, newCountKey("account", account, netip.Prefix{})})
+// queueUp decides on t at once, or puts it into the queue.
+func (g *gate) queueUp(t *try) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.decide(t, time.Now()) { // who waits although a slot is free waits for room
+		return nil
 	}
-	return a
-}
-
-// registration returns a try to register.
-func (t *throttle) registration(c client) *attempt {
-	a := &attempt{throttle: t}
-	if !c.isProxy() {
-		a.limits = append(a.limits, keyedLimit{t.network, newCountKey("network", "", c.network())})
-	}
-	return a
-}
-
-// remember exempts the pair of an account and a network from the limit on the account.
-func (t *throttle) remember(account string, c client) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.rememberPair(newCountKey("pair", account, c.network()))
-}
-
-// rememberPair is remember for a caller that holds t.mu.
-func (t *throttle) rememberPair(pair countKey) {
-	for other := range t.known {
-		if len(t.known) < maxKnown {
-			break
+	t.turn = g.turn + 1
+	line := 0
+	for _, other := range g.queue {
+		if other.network == t.network {
+			line++
+			t.turn = max(t.turn, other.turn+1)
 		}
-		delete(t.known, other)
 	}
-	t.known[pair] = true
+	if len(g.queue) >= maxQueue || line >= maxLine {
+		return errTooBusy
+	}
+	place := len(g.queue)
+	for place > 0 && g.queue[place-1].turn > t.turn {
+		place--
+	}
+	g.queue = slices.Insert(g.queue, place, t)
+	return nil
 }
 
-// wait returns how long it takes until another try would be let in, 0 if one would be now.
-func (a *attempt) wait() time.Duration {
-	a.throttle.mu.Lock()
-	defer a.throttle.mu.Unlock()
-	wait, _ := a.look()
-	return wait
+// decide lets t in or refuses it, and tells whether it did. The caller holds g.mu, as all those do that call
+// what follows.
+func (g *gate) decide(t *try, now time.Time) bool {
+	wait, room := g.look(t.limits, now)
+	if wait > 0 {
+		t.decided <- throttledError{wait}
+		return true
+	}
+	if !room || g.taken >= g.slots {
+		return false
+	}
+	if len(g.counts)+len(t.limits) > maxCounts {
+		g.forgetSome(now)
+	}
+	for _, l := range t.limits {
+		c := g.counts[l.key]
+		c.running++
+		g.counts[l.key] = c
+	}
+	g.turn = max(g.turn, t.turn)
+	g.taken++
+	t.inSlot = true
+	t.running = true
+	t.decided <- nil
+	return true
 }
 
-// look returns how long it takes until the failures so far leave room for a try, and whether there is room
-// beside the tries that run. There is room for one where, with it, at most burst intervals are to go until
-// the count is empty.
-func (a *attempt) look() (wait time.Duration, roomBesideRunning bool) {
-	now := time.Now()
+// look returns how long it takes until the failures so far leave room for one more, and whether they would if
+// all tries that run failed. A failure has room where afterwards at most burst intervals are left until the
+// count is empty.
+func (g *gate) look(limits []limit, now time.Time) (wait time.Duration, roomBesideRunning bool) {
 	roomBesideRunning = true
-	for _, l := range a.limits {
-		c := a.throttle.counts[l.key]
-		if c == nil {
-			continue
-		}
-		level := max(0, c.emptyAt.Sub(now))
-		room := time.Duration(l.burst-1) * l.interval
-		wait = max(wait, level-room)
-		if level+time.Duration(c.running)*l.interval > room {
+	for _, l := range limits {
+		c := g.counts[l.key]
+		level := max(0, c.emptyAt.Sub(now)) // of the zero time, too, which is farther than a Duration holds
+		most := time.Duration(l.burst-1) * l.interval
+		wait = max(wait, level-most)
+		if level+time.Duration(c.running)*l.interval > most {
 			roomBesideRunning = false
 		}
 	}
 	return wait, roomBesideRunning
 }
 
-// begin waits until there is room even if all attempts that run fail, or for ctx to end; then the error is
-// ctx's cause. It is a throttledError where the limit has been reached.
-func (a *attempt) begin(ctx context.Context) error {
-	t := a.throttle
-	for {
-		t.mu.Lock()
-		wait, room := a.look()
-		if wait == 0 && room {
-			a.run()
-		}
-		ended := t.ended
-		t.mu.Unlock()
-		if wait > 0 {
-			return throttledError{wait}
-		}
-		if room {
-			return nil
-		}
-		select {
-		case <-ended:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
-}
-
-// run reserves one failure in each of a's counts. The caller holds the throttle's mu, as look's does.
-func (a *attempt) run() {
-	t := a.throttle
-	if len(t.counts)+len(a.limits) > maxCounts {
-		t.forgetSome()
-	}
-	for _, l := range a.limits {
-		if t.counts[l.key] == nil {
-			t.counts[l.key] = &count{}
-		}
-		t.counts[l.key].running++
-	}
-	a.running = true
-}
-
 // forgetSome makes room for an eighth of the counts: of those that are empty first, then of any.
-func (t *throttle) forgetSome() {
-	now := time.Now()
-	maps.DeleteFunc(t.counts, func(_ countKey, c *count) bool { return c.isEmpty(now) })
-	for key, c := range t.counts {
-		if len(t.counts) <= maxCounts-maxCounts/8 {
+func (g *gate) forgetSome(now time.Time) {
+	maps.DeleteFunc(g.counts, func(_ countKey, c count) bool { return c.isEmpty(now) })
+	for key, c := range g.counts {
+		if len(g.counts) <= maxCounts-maxCounts/8 {
 			return
 		}
 		if c.running == 0 {
-			delete(t.counts, key)
+			delete(g.counts, key)
 		}
 	}
 }
 
-// charge counts the try against its limits, and ends it.
-func (a *attempt) charge() {
-	a.finish(func(now time.Time) {
-		for _, l := range a.limits {
-			c := a.throttle.counts[l.key]
-			if c.emptyAt.Before(now) {
-				c.emptyAt = now
-			}
-			c.emptyAt = c.emptyAt.Add(l.interval)
+// admit goes along the queue, and decides on whom it can.
+func (g *gate) admit() {
+	now := time.Now()
+	waiting := g.queue[:0]
+	for _, t := range g.queue {
+		if !g.decide(t, now) {
+			waiting = append(waiting, t)
 		}
-	})
+	}
+	clear(g.queue[len(waiting):])
+	g.queue = waiting
 }
 
-// succeed clears the failures of the account from this network, and ends the try. It is for sign-ins.
-func (a *attempt) succeed() {
-	a.finish(func(time.Time) {
-		a.throttle.counts[a.pair].emptyAt = time.Time{}
-		a.throttle.rememberPair(a.pair)
-	})
+// freeSlot gives back t's slot, not yet its room for a failure: for tries that go on without bcrypt.
+func (t *try) freeSlot() {
+	t.gate.mu.Lock()
+	defer t.gate.mu.Unlock()
+	t.gate.vacate(t)
+	t.gate.admit()
 }
 
-// end ends an attempt without a verdict. After charge or succeed it does nothing.
-func (a *attempt) end() { a.finish(func(time.Time) {}) }
+func (g *gate) vacate(t *try) {
+	if t.inSlot {
+		t.inSlot = false
+		g.taken--
+	}
+}
 
-// finish settles and ends the attempt, once, and wakes those that wait for its room.
-func (a *attempt) finish(settle func(now time.Time)) {
-	if !a.running {
+// fail ends a try that was let in, and counts it against its limits.
+func (t *try) fail() {
+	g := t.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := time.Now()
+	for _, l := range t.limits {
+		c := g.counts[l.key]
+		if c.emptyAt.Before(now) {
+			c.emptyAt = now
+		}
+		c.emptyAt = c.emptyAt.Add(l.interval)
+		g.counts[l.key] = c
+	}
+	g.end(t)
+}
+
+// succeed ends a sign-in that was let in. It clears the failures of the account from this network.
+func (t *try) succeed() {
+	g := t.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	c := g.counts[t.pair]
+	c.emptyAt = time.Time{}
+	g.counts[t.pair] = c
+	g.remember(t.pair)
+	g.end(t)
+}
+
+// leave ends a try without a verdict, wherever it stands. After fail or succeed it does nothing.
+func (t *try) leave() {
+	g := t.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.queue = slices.DeleteFunc(g.queue, func(other *try) bool { return other == t })
+	g.end(t)
+}
+
+// end takes back all that t has, and lets others have it.
+func (g *gate) end(t *try) {
+	if !t.running {
 		return
 	}
-	t := a.throttle
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	t.running = false
 	now := time.Now()
-	settle(now)
-	a.running = false
-	for _, l := range a.limits {
-		c := t.counts[l.key]
+	for _, l := range t.limits {
+		c := g.counts[l.key]
 		c.running--
+		g.counts[l.key] = c
 		if c.isEmpty(now) {
-			delete(t.counts, l.key)
+			delete(g.counts, l.key)
 		}
 	}
-	close(t.ended)
-	t.ended = make(chan struct{})
+	g.vacate(t)
+	g.admit()
+}
+
+// rememberAccount exempts an account from the limit on all networks' failures where they come from this one.
+func (g *gate) rememberAccount(account string, c client) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.remember(newCountKey("pair", account, c.network()))
+}
+
+func (g *gate) remember(pair countKey) {
+	for other := range g.known {
+		if len(g.known) < maxKnown {
+			break
+		}
+		delete(g.known, other)
+	}
+	g.known[pair] = true
 }

@@ -425,10 +425,7 @@ func serveDebug(
 // writeVars writes what expvar.Handler would: expvar's own variables and ours. Ours are not published: a
 // process may serve more than once, and a name can be published only once.
 func writeVars(w http.ResponseWriter, s *server, metrics func() map[string]int64) {
-	service := map[string]any{}
-	for name, value := range s.metrics() {
-		service[name] = value
-	}
+	service := s.metrics()
 	for name, value := range metrics() {
 		service[name] = value
 	}
