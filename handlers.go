@@ -296,7 +296,7 @@ func (s *server) newAccount(
 	user = User{
 		ID:        newUUID(),
 		Name:      strings.TrimSpace(form["name"]),
-		Email:     normalizeEmail(form["email"]),
+		Email:     strings.TrimSpace(form["email"]),
 		CreatedAt: now,
 		UpdatedAt: now,
 	}
@@ -480,7 +480,7 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 	known := err == nil
 	account := user.ID // whose count it is, however the email was typed
 	if errors.Is(err, errUserNotFound) {
-		account = normalizeEmail(email)
+		account = strings.TrimSpace(email)
 		passwordHash = dummyHash(s.cfg.bcryptCost)
 	} else if err != nil {
 		return User{}, "", err
@@ -667,7 +667,7 @@ func isVisible(r rune) bool {
 
 // checkEmail accepts what a browser's email field does, and letters beyond ASCII.
 func checkEmail(text string) error {
-	email := normalizeEmail(text)
+	email := strings.TrimSpace(text)
 	local, domain, _ := strings.Cut(email, "@")
 	if local == "" || domain == "" || strings.Contains(domain, "@") || len(email) > maxEmail {
 		return fmt.Errorf("must be an email address of at most %d bytes, such as ada@example.com", maxEmail)

@@ -4648,8 +4648,6 @@ func TestWhatAnEmailMeans(t *testing.T) {
 		{"\tada@example.com\n", "ada@example.com", 409},
 		{" OLD@example.COM ", "Old@Example.com", 409},
 		{"ÄÖ@example.com", "ÄÖ@example.com", 409},
-		{"ÄÖ@Example.com", "", 201}, // SQLite knows the case of ASCII only
-		{"äö@example.com", "äö@example.com", 409},
 		{" padded@example.com ", " padded@example.com ", 409},
 		{"padded@example.com", "", 201}, // the original does not trim
 		{"not an address", "not an address", 400},
@@ -4668,13 +4666,13 @@ func TestWhatAnEmailMeans(t *testing.T) {
 			continue
 		}
 		user := testUser(1)
-		user.Email = normalizeEmail(tt.typed)
+		user.Email = strings.TrimSpace(tt.typed)
 		if err := db.InsertUser(t.Context(), user, tt.typed, "hash"); !errors.Is(err, errEmailTaken) {
 			t.Errorf("InsertUser %q: %v, want errEmailTaken", tt.typed, err)
 		}
 	}
-	if n := query[int](s, `SELECT count(*) FROM users`); n != len(stored)+2 {
-		t.Errorf("%d accounts, want %d", n, len(stored)+2)
+	if n := query[int](s, `SELECT count(*) FROM users`); n != len(stored)+1 {
+		t.Errorf("%d accounts, want %d", n, len(stored)+1)
 	}
 }
 
@@ -4714,12 +4712,12 @@ func TestNewFilesAndRowsAreWhatPrismaMakes(t *testing.T) {
 	}
 	user, _ := s.register(" New@Example.com ")
 	got := query[string](s, `SELECT concat_ws(' ', id, quote(name), quote(email), quote(createdAt), quote(updateAt),
-		substr(password, 1, 3)) FROM (SELECT * FROM users WHERE email = ?)`, "new@example.com")
+		substr(password, 1, 3)) FROM users`)
 	created, _ := time.Parse(timeFormat, user.CreatedAt)
 	// quote leaves integers as they are.
-	want := fmt.Sprintf("%s 'Ada Lovelace' 'new@example.com' %[2]d %[2]d $2a", user.ID, created.UnixMilli())
-	if got != want {
-		t.Errorf("Prisma reads %s, want %s", got, want)
+	want := fmt.Sprintf("%s 'Ada Lovelace' 'New@Example.com' %[2]d %[2]d $2a", user.ID, created.UnixMilli())
+	if got != want || user.Email != "New@Example.com" {
+		t.Errorf("Prisma reads %s, want %s; answered %q", got, want, user.Email)
 	}
 }
 
