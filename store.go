@@ -198,8 +198,7 @@ func checkTable(q querier, table string, columns ...string) error {
 // insertUser inserts nothing where the email is taken: as ?7, which is how it was typed, or as ?3.
 const insertUser = `INSERT INTO users (id, name, email, createdAt, updateAt, password)
 	SELECT ?1, ?2, ?3, ?4, ?5, ?6
-	WHERE NOT EXISTS (SELECT 1 FROM users WHERE email = ?7)
-	AND NOT EXISTS (SELECT 1 FROM users WHERE email = ?3 COLLATE NOCASE)`
+	WHERE NOT EXISTS (SELECT 1 FROM users WHERE email COLLATE NOCASE IN (?3, ?7))`
 
 // prepare prepares every statement, so that one that does not fit the file ends the start.
 func (db *database) prepare() error {
@@ -212,8 +211,8 @@ func (db *database) prepare() error {
 	}{
 		{&db.userByEmail, db.reader, user + `WHERE email = ?`},
 		{&db.usersByEmailCase, db.reader, user + `WHERE email = ? COLLATE NOCASE LIMIT 2`},
-		{&db.emailTaken, db.reader, `SELECT EXISTS (SELECT 1 FROM users WHERE email = ?1)
-			OR EXISTS (SELECT 1 FROM users WHERE email = ?2 COLLATE NOCASE)`},
+		{&db.emailTaken, db.reader,
+			`SELECT EXISTS (SELECT 1 FROM users WHERE email COLLATE NOCASE IN (?, ?))`},
 		{&db.anyUser, db.reader, `SELECT EXISTS (SELECT 1 FROM users)`},
 		{&db.insertUser, db.writer, insertUser},
 		{&db.replaceHash, db.writer, `UPDATE users SET password = ? WHERE id = ? AND password = ?`},
@@ -245,16 +244,11 @@ func (db *database) Ping(ctx context.Context) error {
 	return storeError("reading users", db.anyUser.QueryRowContext(ctx).Scan(new(bool)))
 }
 
-// normalizeEmail brings an email into the form in which new accounts have it.
-func normalizeEmail(email string) string {
-	return strings.ToLower(strings.TrimSpace(email))
-}
-
-// EmailTaken returns errEmailTaken when an account has the email as it was typed, or its normalized form in
-// any case of its ASCII letters.
+// EmailTaken returns errEmailTaken when an account has the email as it was typed, or trimmed, in any case of
+// its ASCII letters.
 func (db *database) EmailTaken(ctx context.Context, typed string) error {
 	var taken bool
-	err := db.emailTaken.QueryRowContext(ctx, typed, normalizeEmail(typed)).Scan(&taken)
+	err := db.emailTaken.QueryRowContext(ctx, typed, strings.TrimSpace(typed)).Scan(&taken)
 	if err != nil {
 		return storeError("looking an email up", err)
 	}
@@ -287,17 +281,17 @@ func (db *database) InsertUser(ctx context.Context, user User, typed, passwordHa
 }
 
 // UserByEmail returns the account that an email means at sign-in, and its password hash. That is, in this
-// order: the one with the email as it was typed; the one with its normalized form; the only one that
-// differs from that form in the case of ASCII letters. Otherwise errUserNotFound.
+// order: the one with the email as it was typed, byte for byte; the one with it trimmed; the only one that
+// differs from that in the case of ASCII letters. Otherwise errUserNotFound.
 func (db *database) UserByEmail(ctx context.Context, typed string) (User, string, error) {
 	const doing = "finding user by email"
-	for _, email := range []string{typed, normalizeEmail(typed)} {
+	for _, email := range []string{typed, strings.TrimSpace(typed)} {
 		user, passwordHash, err := scanUser(db.userByEmail.QueryRowContext(ctx, email))
 		if !errors.Is(err, sql.ErrNoRows) {
 			return user, passwordHash, storeError(doing, err)
 		}
 	}
-	rows, err := db.usersByEmailCase.QueryContext(ctx, normalizeEmail(typed))
+	rows, err := db.usersByEmailCase.QueryContext(ctx, strings.TrimSpace(typed))
 	if err != nil {
 		return User{}, "", storeError(doing, err)
 	}
