@@ -4560,23 +4560,12 @@ func originalFile(t testing.TB, ddl string, emails ...string) *service {
 
 func TestEveryAccountOfTheOriginalSignsInAsItDid(t *testing.T) {
 	t.Parallel()
-	const epoch = "1970-01-01T00:00:00.000Z"
 	file := originalFile(t, originalDDL)
 	accounts := []struct {
 		id, email, password, prefix string // "": what is usual
 		cost                        int
-		created, updated            any
-		createdAt, updateAt         string // as answered; "": millisTime
 	}{
-		{id: "engine"},
-		{id: "drivers", updated: "2025-03-30T20:00:00.123+00:00"},
-		{id: "person", created: "2025-03-30 20:00:00", createdAt: testTime},
-		{id: "others", created: "2025-03-30T20:00:00Z", updated: "2025-03-30T22:00:00.1234+02:00", createdAt: testTime},
-		{id: "early", created: -1, createdAt: "1969-12-31T23:59:59.999Z"},
-		{id: "no created", created: "yesterday"},
-		{id: "no updated", created: "2025-03-30 20:00:00", updated: "", createdAt: testTime, updateAt: testTime},
-		{id: "no dates", created: []byte{0xff, 0}, updated: "31/03/2025", createdAt: epoch, updateAt: epoch},
-		{id: "far future", created: int64(1 << 62), updated: 1e300, createdAt: epoch, updateAt: epoch},
+		{id: "usual"},
 		{id: "strong", cost: 5}, {id: "stronger", cost: 6, prefix: "$2a$"},
 		{id: "2a", prefix: "$2a$"}, {id: "2y", prefix: "$2y$"},
 		{id: "1 character", password: "x"}, {id: "spaces", password: "      "},
@@ -4590,18 +4579,18 @@ func TestEveryAccountOfTheOriginalSignsInAsItDid(t *testing.T) {
 		a.email = cmp.Or(a.email, a.id+"@Example.com")
 		a.password = cmp.Or(a.password, password)
 		hash := hashOf(t, a.password[:min(len(a.password), maxPassword)], cmp.Or(a.cost, bcrypt.MinCost))
-		file.exec(`INSERT INTO users VALUES (?1, 'Ünï Cödé ', ?2, ?3, coalesce(?4, ?6), coalesce(?5, ?6))`,
-			a.id, a.email, cmp.Or(a.prefix, "$2b$")+hash[4:], a.created, a.updated, millis)
+		file.exec(`INSERT INTO users VALUES (?1, 'Ünï Cödé ', ?2, ?3, ?4, ?4)`,
+			a.id, a.email, cmp.Or(a.prefix, "$2b$")+hash[4:], millis)
 	}
-	file.exec(`INSERT INTO users VALUES ('empty', '', 'empty@example.com', ?, 0, 0)`, hashOf(t, "", bcrypt.MinCost))
+	file.exec(`INSERT INTO users VALUES ('empty', '', 'empty@example.com', ?, 0, 0)`,
+		hashOf(t, "", bcrypt.MinCost))
 	const rows = `SELECT group_concat(concat_ws(' ', rowid, quote(id), quote(name), quote(email), quote(createdAt),
 		quote(updateAt), iif(id IN ('strong', 'stronger', 'empty'), password, '')), char(10)) FROM users`
 	before := query[string](file, rows)
 	s := startWith(t, func(cfg *config) { cfg.server.bcryptCost = 5 }, "DB_PATH="+file.dbPath)
 	for range 2 { // the second time with the hash as it was upgraded
 		for _, a := range accounts {
-			user := User{a.id, "Ünï Cödé ", a.email, cmp.Or(a.createdAt, millisTime), cmp.Or(a.updateAt, millisTime)}
-			want := userJSON(user)
+			want := userJSON(User{a.id, "Ünï Cödé ", a.email, millisTime, millisTime})
 			got := s.ask("POST", "/user/signin", credentials(a.email, a.password))
 			if got.status != 200 || got.body != want {
 				t.Errorf("POST /user/signin of %s: status %d, %s, want 200, %s", a.id, got.status, got.body, want)
@@ -4621,6 +4610,77 @@ func TestEveryAccountOfTheOriginalSignsInAsItDid(t *testing.T) {
 	}
 	if after := query[string](s, rows); after != before {
 		t.Errorf("rows were rewritten:\n%s\nwant\n%s", after, before)
+	}
+}
+
+func TestDatesAreReadAsTheOriginalReadsThem(t *testing.T) {
+	t.Parallel()
+	file := originalFile(t, strings.ReplaceAll(originalDDL, "DATETIME NOT NULL", "DATETIME"))
+	db, err := openDatabase(file.dbPath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	const (
+		noDate = "1970-01-01T00:00:00.000Z"
+		day    = "2025-03-30T00:00:00.000Z"
+		inHash = true // a session hash can have that form
+	)
+	for _, tt := range []struct {
+		column any
+		want   string
+		inHash bool
+	}{
+		{millis, millisTime, false},
+		{0, noDate, false},
+		{-1, "1969-12-31T23:59:59.999Z", false},
+		{1743364800123.9, millisTime, false},
+		{-1.5, "1969-12-31T23:59:59.999Z", false},
+		{"1743364800123", millisTime, false},
+		{"-1", "1969-12-31T23:59:59.999Z", false},
+		{"2025-03-30T20:00:00", testTime, false},
+		{"2025-03-30T20:00:00.123", millisTime, false},
+		{"2025-03-30", day, false},
+		{"2025-03-30 20:00:00", testTime, false},
+		{"2025-03-30 20:00:00.123", millisTime, false},
+		{"2025-03-30 20:00:00+00:00", testTime, false},
+		{"2025-03-30 22:00:00.123+02:00", millisTime, false},
+		{"2025-03-30T20:00:00Z", testTime, inHash},
+		{"2025-03-30T20:00:00.123Z", millisTime, inHash},
+		{"2025-03-30T20:00:00.123+00:00", millisTime, inHash},
+		{"2025-03-30T22:00:00.1234+02:00", millisTime, inHash},
+		{nil, noDate, false}, // what cannot be read keeps nobody out
+		{"", noDate, inHash},
+		{"yesterday", noDate, inHash},
+		{"31/03/2025", noDate, inHash},
+		{"2025-02-30", noDate, inHash},
+		{"NaN", noDate, inHash},
+		{[]byte{0xff, 0}, noDate, false},
+		{1e300, noDate, false},
+		{int64(1 << 62), noDate, false},
+	} {
+		file.exec(`DELETE FROM users; INSERT INTO users VALUES ('1', 'Ada', 'a@b', '', ?1, ?1),
+			('2', 'Ada', 'c@d', '', ?1, ?2), ('3', 'Ada', 'e@f', '', ?2, ?1)`, tt.column, millis)
+		readable := tt.want
+		if tt.want == noDate && tt.column != 0 {
+			readable = millisTime // the other one stands in
+		}
+		for email, want := range map[string]User{
+			"a@b": {"1", "Ada", "a@b", tt.want, tt.want},
+			"c@d": {"2", "Ada", "c@d", readable, millisTime},
+			"e@f": {"3", "Ada", "e@f", millisTime, readable},
+		} {
+			if user, _, err := db.UserByEmail(t.Context(), email); user != want || err != nil {
+				t.Errorf("%T %v is read as %v, %v, want %v", tt.column, tt.column, user, err, want)
+			}
+		}
+		if !tt.inHash {
+			continue
+		}
+		text := tt.column.(string)
+		if createdAt, updatedAt := userTimes(parseSessionTime, text, text); createdAt != tt.want || updatedAt != tt.want {
+			t.Errorf("%s is read of a hash as %s, %s, want %s", text, createdAt, updatedAt, tt.want)
+		}
 	}
 }
 
@@ -5481,7 +5541,12 @@ func FuzzTimes(f *testing.F) {
 			{parseSessionTime, offset, exact},
 			{parseColumnTime, offset, exact},
 			{parseColumnTime, strconv.FormatInt(instant.UnixMilli(), 10), exact},
+			{parseColumnTime, local.Format("2006-01-02 15:04:05.000-07:00"), exact},
+			{parseColumnTime, instant.Format("2006-01-02T15:04:05.000"), exact},
+			{parseColumnTime, instant.Format("2006-01-02 15:04:05.000"), exact},
 			{parseColumnTime, instant.Format(time.DateTime), seconds},
+			{parseColumnTime, instant.Format(time.DateOnly), instant.Format(time.DateOnly) + "T00:00:00.000Z"},
+			{parseColumnTime, strconv.FormatInt(instant.UnixMilli(), 10) + ".9", exact},
 		} {
 			if got, ok := form.parse(form.text); got != form.want || !ok {
 				t.Errorf("%q is read as %q, %v, want %q", form.text, got, ok, form.want)

@@ -9,6 +9,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"math"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -202,8 +203,9 @@ const insertUser = `INSERT INTO users (id, name, email, createdAt, updateAt, pas
 
 // prepare prepares every statement, so that one that does not fit the file ends the start.
 func (db *database) prepare() error {
-	const user = `SELECT id, name, email, CAST(createdAt AS TEXT), CAST(updateAt AS TEXT), password
-		FROM users `
+	// A date that is NULL or cannot be read keeps nobody out (userTimes).
+	const user = `SELECT id, name, email, COALESCE(CAST(createdAt AS TEXT), ''),
+		COALESCE(CAST(updateAt AS TEXT), ''), password FROM users `
 	for _, p := range []struct {
 		stmt  **sql.Stmt
 		pool  *sql.DB
@@ -324,14 +326,17 @@ func scanUser(row interface{ Scan(...any) error }) (user User, passwordHash stri
 	return user, passwordHash, nil
 }
 
-// parseColumnTime reads a time of the users table, cast to text: Unix milliseconds as Prisma's engine writes
-// them, RFC 3339 as its JavaScript drivers do, or UTC as SQLite's CURRENT_TIMESTAMP.
+// parseColumnTime reads a time of the users table, cast to text, as Prisma does: Unix milliseconds, a fraction
+// of one cut off, or a date with or without a time. Where there is no zone it is UTC.
 func parseColumnTime(text string) (string, bool) {
-	if millis, err := strconv.ParseInt(text, 10, 64); err == nil {
-		return formatTime(time.UnixMilli(millis))
+	if millis, err := strconv.ParseFloat(text, 64); err == nil && math.Abs(millis) < 1<<53 {
+		return formatTime(time.UnixMilli(int64(millis)))
 	}
-	if t, err := time.Parse(time.DateTime, text); err == nil {
-		return formatTime(t)
+	text = strings.Replace(text, " ", "T", 1)
+	for _, layout := range []string{"2006-01-02T15:04:05", time.DateOnly} {
+		if t, err := time.Parse(layout, text); err == nil {
+			return formatTime(t)
+		}
 	}
 	return parseRFC3339(text)
 }
