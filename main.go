@@ -263,7 +263,7 @@ func tuneRuntime(getenv func(string) string) {
 // serve opens the stores, serves until ctx ends or serving fails, finishes what is running and closes
 // everything in the reverse order.
 func serve(ctx context.Context, cfg config, log *slog.Logger) error {
-	db, err := openDatabase(cfg.dbPath)
+	db, err := openDatabase(ctx, cfg.dbPath)
 	if err != nil {
 		return fmt.Errorf("DB_PATH=%q: %w", cfg.dbPath, err)
 	}

@@ -924,7 +924,7 @@ func openSQL(t testing.TB, path string) *sql.DB {
 
 func openTestDatabase(t testing.TB) *database {
 	t.Helper()
-	db, err := openDatabase(filepath.Join(t.TempDir(), "users.db"))
+	db, err := openDatabase(t.Context(), filepath.Join(t.TempDir(), "users.db"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -2186,7 +2186,7 @@ func newInsider(t testing.TB, bcryptSlots, bcryptCost int) *insider {
 		sessions: &fragileSessions{newMapSessions(), func() error { return nil }},
 		bcrypt:   &bcryptWatch{before: func(string) {}},
 	}
-	db, err := openDatabase(path)
+	db, err := openDatabase(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -4616,7 +4616,7 @@ func TestEveryAccountOfTheOriginalSignsInAsItDid(t *testing.T) {
 func TestDatesAreReadAsTheOriginalReadsThem(t *testing.T) {
 	t.Parallel()
 	file := originalFile(t, strings.ReplaceAll(originalDDL, "DATETIME NOT NULL", "DATETIME"))
-	db, err := openDatabase(file.dbPath)
+	db, err := openDatabase(t.Context(), file.dbPath)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -4865,23 +4865,26 @@ func (s *service) holds(accounts *sync.Map) {
 func TestFilesOfOtherProgramsAreLeftAsTheyWere(t *testing.T) {
 	t.Parallel()
 	with := func(old, new string) string { return strings.Replace(originalDDL, old, new, 1) }
+	const foreign = "another program's"
 	for name, tt := range map[string]struct {
 		ddl     string
 		message []string // none: the file is taken
 	}{
-		"other columns":        {`CREATE TABLE users (uid INTEGER, mail TEXT)`, []string{"users", `"id"`}},
-		"a column missing":     {with(`"updateAt" DATETIME NOT NULL`, `"seenAt" DATETIME`), []string{"users", `"updateAt"`}},
-		"a column to be fed":   {with(`"name"`, `"role" TEXT NOT NULL, "name"`), []string{"users", `"role"`}},
+		"other columns":        {`CREATE TABLE users (uid INTEGER, mail TEXT)`, []string{"users", "email", foreign}},
+		"a column missing":     {with(`"updateAt" DATETIME NOT NULL`, `"seenAt" DATETIME`), []string{"users", "updateAt", foreign}},
+		"a column to be fed":   {with(`"name"`, `"role" TEXT NOT NULL, "name"`), []string{"users.role", foreign}},
 		"columns to leave out": {with(`"name"`, `"age" INT, "role" TEXT NOT NULL DEFAULT 'user', "name"`), nil},
-		"others' sessions":     {originalDDL + `CREATE TABLE sessions (sid TEXT)`, []string{"sessions", `"id_hash"`}},
+		"others' sessions":     {originalDDL + `CREATE TABLE sessions (sid TEXT)`, []string{"sessions", "expires_at", foreign}},
+		"sessions to be fed": {originalDDL + `CREATE TABLE sessions (id_hash PRIMARY KEY, user_id, name, email,
+			created_at, updated_at, expires_at, device TEXT NOT NULL)`, []string{"sessions.device", foreign}},
 		"an email twice": {with(`CREATE UNIQUE`, `INSERT INTO users VALUES (1, 2, 3, 4, 5, 6), (7, 2, 3, 4, 5, 6); --`),
-			[]string{"users.email"}},
-		"numbered": {with(`"id" TEXT NOT NULL`, `"id" INTEGER`), []string{"users", "takes no account"}},
+			[]string{"users.email", foreign}},
+		"numbered": {with(`"id" TEXT NOT NULL`, `"id" INTEGER`), []string{"users", "mismatch", foreign}},
 		"a view": {`CREATE VIEW users AS SELECT 1 id, 2 name, 3 email, 4 password, 5 createdAt, 6 updateAt`,
-			[]string{"view"}},
+			[]string{"users", "view", foreign}},
 		"the last version's": {`PRAGMA journal_mode = WAL; CREATE TABLE users (id TEXT NOT NULL PRIMARY KEY,
 			name TEXT NOT NULL, email TEXT NOT NULL UNIQUE, password_hash TEXT NOT NULL, created_at TEXT NOT NULL,
-			updated_at TEXT NOT NULL) STRICT`, []string{"users", `"password_hash"`}},
+			updated_at TEXT NOT NULL) STRICT`, []string{"users", "createdAt", foreign}},
 	} {
 		t.Run(name, func(t *testing.T) { runOn(t, originalFile(t, tt.ddl).dbPath, tt.message...) })
 	}
@@ -4896,7 +4899,7 @@ func TestFilesOfOtherProgramsAreLeftAsTheyWere(t *testing.T) {
 		if err := os.CopyFS(crashed, os.DirFS(filepath.Dir(file.dbPath))); err != nil {
 			t.Fatal(err)
 		}
-		runOn(t, filepath.Join(crashed, "dev.db"), "users", `"id"`)
+		runOn(t, filepath.Join(crashed, "dev.db"), "users", "email", foreign)
 	})
 	text := filepath.Join(t.TempDir(), "notes.txt")
 	os.WriteFile(text, bytes.Repeat([]byte("no database "), 1000), 0o600)
@@ -4907,6 +4910,10 @@ func TestFilesOfOtherProgramsAreLeftAsTheyWere(t *testing.T) {
 		path := originalFile(t, originalDDL).dbPath
 		os.Chmod(path, 0o400)
 		runOn(t, path, "permission")
+		os.Chmod(path, 0o600)
+		os.Chmod(filepath.Dir(path), 0o500)
+		runOn(t, path, "the folder", filepath.Dir(path), "must be writable", "-wal")
+		os.Chmod(filepath.Dir(path), 0o700)
 	}
 }
 
@@ -4915,7 +4922,7 @@ func TestFilesOfOtherProgramsAreLeftAsTheyWere(t *testing.T) {
 func runOn(t *testing.T, path string, message ...string) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
+	defer cancel()
 	files := func() string {
 		text := ""
 		names, _ := filepath.Glob(filepath.Dir(path) + "/*")
@@ -4929,21 +4936,43 @@ func runOn(t *testing.T, path string, message ...string) {
 	}
 	env := environ(t, []string{"DB_PATH=" + path})
 	before := files()
-	var stderr strings.Builder
-	status := run(ctx, nil, func(name string) string { return env[name] }, io.Discard, &stderr)
-	if want := min(len(message), 1); status != want {
+	var stderr logBuffer
+	exited := make(chan int, 1)
+	go func() {
+		exited <- run(ctx, nil, func(name string) string { return env[name] }, io.Discard, &stderr)
+		stderr.end()
+	}()
+	if message == nil {
+		stderr.find(t, "listening")
+		cancel()
+	}
+	if status, want := <-exited, min(len(message), 1); status != want {
 		t.Errorf("status %d, want %d: %s", status, want, &stderr)
 	}
 	if message == nil {
 		return
 	}
+	text := strings.ReplaceAll(stderr.String(), `\`, "") // which stands before each quote within JSON
 	for _, part := range append(message, "DB_PATH", path) {
-		if !strings.Contains(stderr.String(), part) {
-			t.Errorf("want %s in: %s", part, &stderr)
+		if !strings.Contains(text, part) {
+			t.Errorf("want %s in: %s", part, text)
 		}
 	}
 	if files() != before {
 		t.Errorf("%s: the file changed, or others are beside it", path)
+	}
+}
+
+func TestTheWaitForALockedFileEndsWithTheStart(t *testing.T) {
+	t.Parallel()
+	file := originalFile(t, originalDDL)
+	defer lockFile(t, file.dbPath)()
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	begin := time.Now()
+	db, err := openDatabase(ctx, file.dbPath)
+	if took := time.Since(begin); err == nil || ctx.Err() == nil || took > 5*time.Second {
+		t.Errorf("%v, %v after %v, want an error as soon as the context ends", db, err, took)
 	}
 }
 
@@ -5000,7 +5029,7 @@ func TestEveryConnectionHasThePragmas(t *testing.T) {
 func TestOneWriterAtATime(t *testing.T) {
 	t.Parallel()
 	file := originalFile(t, originalDDL)
-	db, err := openDatabase(file.dbPath)
+	db, err := openDatabase(t.Context(), file.dbPath)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -9,12 +9,12 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -28,9 +28,11 @@ var (
 	errEmailTaken   = errors.New("the email is registered already")
 )
 
-// A write ends after writeTimeout, except a commit that has begun: that lasts as long as the disk needs.
-// For some 1.5 s of it (busy_timeout) SQLite waits for other processes' locks.
-const writeTimeout = 2500 * time.Millisecond
+// How long operations may take. SQLite waits for other processes' locks for 1.5 s of it (busy_timeout).
+const (
+	setUpTimeout = 10 * time.Second
+	writeTimeout = 2500 * time.Millisecond // a write, but for a commit that has begun
+)
 
 //go:embed schema.sql
 var schema string
@@ -53,156 +55,161 @@ type database struct {
 }
 
 // openDatabase opens the file at path and applies the schema. A missing file is created, readable to its
-// owner only. A file whose tables are another program's is left as it was, and the error names table and
-// column.
-func openDatabase(path string) (*database, error) {
+// owner only. A file whose tables are another program's is left as it was, and the error names the table. When
+// ctx ends, so does the wait for other programs' locks.
+func openDatabase(ctx context.Context, path string) (*database, error) {
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, err
+		return nil, explain(path, err)
 	}
 	file.Close()
-	// The pragmas stand in the name so that every connection of a pool has them. synchronous(FULL): what
-	// was committed must outlive a power cut. temp_store(MEMORY): a scratch image has no /tmp.
-	escaped := (&url.URL{Path: filepath.ToSlash(filepath.Clean(path))}).EscapedPath()
-	name := "file:" + escaped + "?_pragma=synchronous(FULL)&_pragma=foreign_keys(1)" +
-		"&_pragma=temp_store(MEMORY)&_txlock=immediate"
-	if err := setUp(path, name); err != nil {
-		return nil, err
-	}
-	name += "&_pragma=busy_timeout(1500)&_pragma=journal_mode(WAL)"
+	readers := runtime.NumCPU() + 1
 	db := &database{}
-	if db.writer, err = sql.Open("sqlite", name); err != nil {
+	// The pragmas stand in the name so that every connection of a pool has them. synchronous(FULL): what
+	// was committed must outlive a power cut. temp_store(MEMORY): a scratch image has no /tmp. _dqs=0: a
+	// column that is missing must not be taken for a string.
+	escaped := (&url.URL{Path: filepath.ToSlash(filepath.Clean(path))}).EscapedPath()
+	name := "file:" + escaped + "?_pragma=busy_timeout(1500)&_pragma=synchronous(FULL)" +
+		"&_pragma=foreign_keys(1)&_pragma=temp_store(MEMORY)&_txlock=immediate&_dqs=0"
+	defer holdLog(path, name)()
+	if db.writer, err = openPool(name, 1); err != nil {
 		return nil, err
 	}
-	if db.reader, err = sql.Open("sqlite", name+"&_query_only=1"); err != nil {
+	if db.reader, err = openPool(name+"&_query_only=1", readers); err != nil {
+		db.writer.Close()
 		return nil, err
 	}
-	db.writer.SetMaxOpenConns(1)
-	db.reader.SetMaxOpenConns(runtime.NumCPU() + 1)
-	db.reader.SetMaxIdleConns(runtime.NumCPU() + 1)
-	if err := db.prepare(); err != nil {
-		return nil, errors.Join(err, db.Close())
+	if err := db.setUp(ctx); err != nil {
+		db.reader.Close()
+		db.writer.Close()
+		return nil, explain(path, err)
 	}
 	return db, nil
 }
 
-// setUp checks whose tables the file has, applies the schema and makes the file a WAL database. A file of
-// another program is left as it was. One that others are writing to is waited for.
-func setUp(path, name string) error {
-	if _, err := os.Stat(path + "-wal"); err == nil {
-		if err := checkReadOnly(name); errors.Is(err, errForeignTable) {
-			return err // other errors recur below
-		}
-	}
-	db, err := sql.Open("sqlite", name+"&_pragma=busy_timeout(10000)")
+// openPool returns a pool that keeps its connections, once they are open.
+func openPool(name string, connections int) (*sql.DB, error) {
+	pool, err := sql.Open("sqlite", name)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer db.Close()
-	if err := tryOut(db); err != nil {
-		return err
-	}
-	if _, err := db.Exec(schema); err != nil {
-		return fmt.Errorf("applying the schema: %w", err)
-	}
-	// SQLite does not wait here, whatever its busy_timeout.
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		_, err := db.Exec(`PRAGMA journal_mode(WAL)`)
-		if err == nil || !errors.Is(storeError("", err), errRefused) || time.Now().After(deadline) {
-			return err
-		}
-	}
+	pool.SetMaxOpenConns(connections)
+	pool.SetMaxIdleConns(connections)
+	return pool, nil
 }
 
-// checkReadOnly is checkTables without writing a write-ahead log back, which may be another program's.
-func checkReadOnly(name string) error {
+// holdLog keeps the write-ahead log of a file that is not ours as it is. The last connection to close folds
+// the log into the file, unless it is one that cannot write. So such a one stays open until release.
+func holdLog(path, name string) (release func()) {
+	if _, err := os.Stat(path + "-wal"); err != nil {
+		return func() {}
+	}
 	db, err := sql.Open("sqlite", name+"&mode=ro")
 	if err != nil {
-		return err
+		return func() {}
 	}
-	defer db.Close()
-	return checkTables(db)
+	db.Exec(`SELECT count(*) FROM sqlite_schema`) // opens the log; an error recurs in setUp
+	return func() { db.Close() }
 }
 
-// tryOut applies the schema and inserts an account, in a transaction that is rolled back: a file that
-// refuses either stays as it was.
-func tryOut(db *sql.DB) error {
-	tx, err := db.Begin()
+// explain adds to an error that the file's folder cannot be written, if so. SQLite says no more than "unable
+// to open database file".
+func explain(path string, err error) error {
+	folder := filepath.Dir(path)
+	probe, probeErr := os.CreateTemp(folder, "")
+	if probeErr == nil {
+		probe.Close()
+		os.Remove(probe.Name())
+	}
+	if probeErr == nil || errors.Is(probeErr, fs.ErrNotExist) {
+		return err
+	}
+	return fmt.Errorf("%w; the folder %q must be writable, for files beside it that end in -wal and -shm: %w",
+		err, folder, probeErr)
+}
+
+// setUp makes the file ready and prepares all statements.
+func (db *database) setUp(ctx context.Context) error {
+	if err := whenFree(ctx, db.applySchema); err != nil {
+		return err
+	}
+	err := whenFree(ctx, func(ctx context.Context) error { // SQLite does not wait here by itself
+		_, err := db.writer.ExecContext(ctx, `PRAGMA journal_mode(WAL)`)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("switching to a write-ahead log: %w", err)
+	}
+	return db.prepare(ctx)
+}
+
+// whenFree repeats what other processes' locks keep from being done.
+func whenFree(ctx context.Context, do func(context.Context) error) error {
+	for deadline := time.Now().Add(setUpTimeout); ; {
+		err := do(ctx)
+		e, ok := errors.AsType[*sqlite.Error](err)
+		if !ok || e.Code()&0xff != sqlite3.SQLITE_BUSY || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// applySchema applies the schema and tries it out with an account and a session, in one transaction. What
+// does not take them is another program's, and stays as it was.
+func (db *database) applySchema(ctx context.Context) error {
+	tx, err := db.writer.BeginTx(ctx, nil)
 	if err != nil {
 		return err
 	}
 	defer tx.Rollback()
-	if err := checkTables(tx); err != nil {
-		return err
+	if _, err := tx.ExecContext(ctx, schema); err != nil {
+		return setUpError("applying the schema to the tables users and sessions", err)
 	}
-	if _, err := tx.Exec(schema); err != nil {
-		return fmt.Errorf("applying the schema: %w", err)
+	if _, err := tx.ExecContext(ctx, `SAVEPOINT trial`); err != nil {
+		return err
 	}
 	id := newUUID()
-	_, err = tx.Exec(insertUser, id, "trial", id, 0, 0, "trial", id)
-	if errors.Is(storeError("", err), errUnavailable) {
-		return err // a full disk, say
+	if _, err := tx.ExecContext(ctx, insertUser, id, "trial", id, 0, 0, "trial", id); err != nil {
+		return setUpError("adding a trial account to the table users", err)
 	}
-	if err != nil {
-		return fmt.Errorf("table users is %w: it takes no account: %w", errForeignTable, err)
+	if _, err := tx.ExecContext(ctx, insertSession, hashID(id), id, "trial", id, "", "", 0); err != nil {
+		return setUpError("adding a trial session to the table sessions", err)
 	}
-	return nil
-}
-
-var errForeignTable = errors.New("another program's")
-
-// querier is a *sql.DB or a *sql.Tx.
-type querier interface {
-	Query(query string, args ...any) (*sql.Rows, error)
-}
-
-func checkTables(q querier) error {
-	err := checkTable(q, "users", "id", "name", "email", "password", "createdAt", "updateAt")
-	if err != nil {
+	if _, err := tx.ExecContext(ctx, `ROLLBACK TO trial`); err != nil {
 		return err
 	}
-	return checkTable(q, "sessions",
-		"id_hash", "user_id", "name", "email", "created_at", "updated_at", "expires_at")
+	return tx.Commit()
 }
 
-// checkTable returns errForeignTable unless the file has no such table, or one with these columns. Further
-// columns are allowed if they have a default or may be NULL.
-func checkTable(q querier, table string, columns ...string) error {
-	rows, err := q.Query(`SELECT name, "notnull" AND dflt_value IS NULL FROM pragma_table_info(?)`, table)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	missing := slices.Clone(columns)
-	exists := false
-	for rows.Next() {
-		exists = true
-		var column string
-		var required bool
-		if err := rows.Scan(&column, &required); err != nil {
-			return err
+// setUpError says whose the table is if its columns are the trouble, rather than a full disk, say.
+func setUpError(doing string, err error) error {
+	if e, ok := errors.AsType[*sqlite.Error](err); ok {
+		switch e.Code() & 0xff {
+		case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH:
+			return fmt.Errorf("%s: the file is another program's: %w", doing, err)
 		}
-		if !slices.Contains(columns, column) && required {
-			return fmt.Errorf("table %s is %w: it wants a column %q filled", table, errForeignTable, column)
-		}
-		missing = slices.DeleteFunc(missing, func(c string) bool { return c == column })
 	}
-	if err := rows.Err(); err != nil {
-		return err
-	}
-	if exists && len(missing) > 0 {
-		return fmt.Errorf("table %s is %w: it has no column %q", table, errForeignTable, missing[0])
-	}
-	return nil
+	return fmt.Errorf("%s: %w", doing, err)
 }
 
-// insertUser inserts nothing where the email is taken: as ?7, which is how it was typed, or as ?3.
-const insertUser = `INSERT INTO users (id, name, email, createdAt, updateAt, password)
-	SELECT ?1, ?2, ?3, ?4, ?5, ?6
-	WHERE NOT EXISTS (SELECT 1 FROM users WHERE email COLLATE NOCASE IN (?3, ?7))`
+const (
+	anyUser = `SELECT EXISTS (SELECT 1 FROM users)`
 
-// prepare prepares every statement, so that one that does not fit the file ends the start.
-func (db *database) prepare() error {
+	// It inserts nothing where the email is taken: as ?7, which is how it was typed, or as ?3.
+	insertUser = `INSERT INTO users (id, name, email, createdAt, updateAt, password)
+		SELECT ?1, ?2, ?3, ?4, ?5, ?6
+		WHERE NOT EXISTS (SELECT 1 FROM users WHERE email COLLATE NOCASE IN (?3, ?7))`
+
+	insertSession = `INSERT INTO sessions (id_hash, user_id, name, email, created_at, updated_at, expires_at)
+		VALUES (?, ?, ?, ?, ?, ?, ?)`
+)
+
+func (db *database) prepare(ctx context.Context) error {
 	// A date that is NULL or cannot be read keeps nobody out (userTimes).
 	const user = `SELECT id, name, email, COALESCE(CAST(createdAt AS TEXT), ''),
 		COALESCE(CAST(updateAt AS TEXT), ''), password FROM users `
@@ -215,20 +222,18 @@ func (db *database) prepare() error {
 		{&db.usersByEmailCase, db.reader, user + `WHERE email = ? COLLATE NOCASE LIMIT 2`},
 		{&db.emailTaken, db.reader,
 			`SELECT EXISTS (SELECT 1 FROM users WHERE email COLLATE NOCASE IN (?, ?))`},
-		{&db.anyUser, db.reader, `SELECT EXISTS (SELECT 1 FROM users)`},
+		{&db.anyUser, db.reader, anyUser},
 		{&db.insertUser, db.writer, insertUser},
 		{&db.replaceHash, db.writer, `UPDATE users SET password = ? WHERE id = ? AND password = ?`},
 		{&db.sessionByHash, db.reader, `SELECT user_id, name, email, created_at, updated_at
 			FROM sessions WHERE id_hash = ? AND expires_at > ?`},
-		{&db.insertSession, db.writer,
-			`INSERT INTO sessions (id_hash, user_id, name, email, created_at, updated_at, expires_at)
-			VALUES (?, ?, ?, ?, ?, ?, ?)`},
+		{&db.insertSession, db.writer, insertSession},
 		{&db.deleteSession, db.writer, `DELETE FROM sessions WHERE id_hash = ? AND expires_at > ?`},
 		{&db.sweepSessions, db.writer, `DELETE FROM sessions WHERE id_hash IN
 			(SELECT id_hash FROM sessions WHERE expires_at <= ? LIMIT 100)`},
 	} {
 		var err error
-		if *p.stmt, err = p.pool.Prepare(p.query); err != nil {
+		if *p.stmt, err = p.pool.PrepareContext(ctx, p.query); err != nil {
 			return fmt.Errorf("preparing %s: %w", p.query, err)
 		}
 	}
@@ -361,18 +366,22 @@ func (db *database) write(ctx context.Context, doing string, do change) error {
 	}
 	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
 	defer cancel()
+	return storeError(doing, db.transact(ctx, do))
+}
+
+func (db *database) transact(ctx context.Context, do change) error {
 	tx, err := db.writer.BeginTx(ctx, nil)
 	if errors.Is(err, context.DeadlineExceeded) {
-		return fmt.Errorf("%s: %w: other writes are in the way: %w", doing, errRefused, err)
+		return fmt.Errorf("%w: other writes are in the way: %w", errRefused, err)
 	}
 	if err != nil {
-		return storeError(doing, err)
+		return err
 	}
 	defer tx.Rollback()
 	if err := do(ctx, tx); err != nil {
-		return storeError(doing, err)
+		return err
 	}
-	return storeError(doing, tx.Commit())
+	return tx.Commit()
 }
 
 // storeError adds what failed, and maps the errors of database/sql and SQLite to this program's:
@@ -388,6 +397,7 @@ func storeError(doing string, err error) error {
 		err = errEmailTaken // users.email has the only such constraint
 	case isSQLite:
 		err = classify(e)
+	case errors.Is(err, errUnavailable):
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, sql.ErrTxDone):
 		// The transaction was rolled back at its deadline.
 		err = fmt.Errorf("%w: %w", errUnavailable, err)
