@@ -5054,6 +5054,35 @@ func TestOneWriterAtATime(t *testing.T) {
 	})
 }
 
+func TestAReadWaitsForAConnectionForThreeSecondsAtMost(t *testing.T) {
+	t.Parallel()
+	db := openTestDatabase(t)
+	release := make(chan struct{})
+	var busy, begun sync.WaitGroup
+	for range db.reader.Stats().MaxOpenConnections {
+		begun.Add(1)
+		busy.Go(func() {
+			db.read(t.Context(), "testing", func() error {
+				begun.Done()
+				<-release
+				return nil
+			})
+		})
+	}
+	begun.Wait()
+	store := &sqliteSessions{db}
+	begin := time.Now()
+	_, err := store.Get(context.Background(), newUUID())
+	if took := time.Since(begin); !errors.Is(err, errUnavailable) || took > 3*time.Second {
+		t.Errorf("Get while all connections are busy: %v after %v, want errUnavailable within 3s", err, took)
+	}
+	close(release)
+	busy.Wait()
+	if _, err := store.Get(t.Context(), newUUID()); !errors.Is(err, errNoSession) {
+		t.Errorf("Get: %v, want errNoSession", err)
+	}
+}
+
 func TestAClientThatHangsUpUndoesNoWrite(t *testing.T) {
 	t.Parallel()
 	db := openTestDatabase(t)

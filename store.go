@@ -30,8 +30,9 @@ var (
 
 // How long operations may take. SQLite waits for other processes' locks for 1.5 s of it (busy_timeout).
 const (
-	setUpTimeout = 10 * time.Second
-	writeTimeout = 2500 * time.Millisecond // a write, but for a commit that has begun
+	setUpTimeout  = 10 * time.Second
+	readerTimeout = time.Second             // the wait for a free reading connection
+	writeTimeout  = 2500 * time.Millisecond // a write, but for a commit that has begun
 )
 
 //go:embed schema.sql
@@ -39,8 +40,9 @@ var schema string
 
 // database is the SQLite file. The original program may use the same file at the same time.
 type database struct {
-	writer *sql.DB // one connection, as SQLite allows one writer
-	reader *sql.DB // several, which in WAL mode never wait for the writer
+	writer  *sql.DB // one connection, as SQLite allows one writer
+	reader  *sql.DB // several, which in WAL mode never wait for the writer
+	reading chan struct{}
 
 	userByEmail      *sql.Stmt
 	usersByEmailCase *sql.Stmt
@@ -64,7 +66,7 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 	}
 	file.Close()
 	readers := runtime.NumCPU() + 1
-	db := &database{}
+	db := &database{reading: make(chan struct{}, readers)}
 	// The pragmas stand in the name so that every connection of a pool has them. synchronous(FULL): what
 	// was committed must outlive a power cut. temp_store(MEMORY): a scratch image has no /tmp. _dqs=0: a
 	// column that is missing must not be taken for a string.
@@ -248,21 +250,22 @@ func (db *database) Close() error {
 
 // Ping returns nil when the users table can be read.
 func (db *database) Ping(ctx context.Context) error {
-	return storeError("reading users", db.anyUser.QueryRowContext(ctx).Scan(new(bool)))
+	return db.read(ctx, "reading users", func() error {
+		return db.anyUser.QueryRow().Scan(new(bool))
+	})
 }
 
 // EmailTaken returns errEmailTaken when an account has the email as it was typed, or trimmed, in any case of
 // its ASCII letters.
 func (db *database) EmailTaken(ctx context.Context, typed string) error {
-	var taken bool
-	err := db.emailTaken.QueryRowContext(ctx, typed, strings.TrimSpace(typed)).Scan(&taken)
-	if err != nil {
-		return storeError("looking an email up", err)
-	}
-	if taken {
-		return errEmailTaken
-	}
-	return nil
+	return db.read(ctx, "looking an email up", func() error {
+		var taken bool
+		err := db.emailTaken.QueryRow(typed, strings.TrimSpace(typed)).Scan(&taken)
+		if err == nil && taken {
+			return errEmailTaken
+		}
+		return err
+	})
 }
 
 // InsertUser stores a new account with its email as in user. It returns errEmailTaken as EmailTaken does, for
@@ -291,28 +294,36 @@ func (db *database) InsertUser(ctx context.Context, user User, typed, passwordHa
 // order: the one with the email as it was typed, byte for byte; the one with it trimmed; the only one that
 // differs from that in the case of ASCII letters. Otherwise errUserNotFound.
 func (db *database) UserByEmail(ctx context.Context, typed string) (User, string, error) {
-	const doing = "finding user by email"
-	for _, email := range []string{typed, strings.TrimSpace(typed)} {
-		user, passwordHash, err := scanUser(db.userByEmail.QueryRowContext(ctx, email))
-		if !errors.Is(err, sql.ErrNoRows) {
-			return user, passwordHash, storeError(doing, err)
-		}
-	}
-	rows, err := db.usersByEmailCase.QueryContext(ctx, strings.TrimSpace(typed))
-	if err != nil {
-		return User{}, "", storeError(doing, err)
-	}
-	defer rows.Close()
 	var user User
 	var passwordHash string
+	err := db.read(ctx, "finding user by email", func() (err error) {
+		for _, email := range []string{typed, strings.TrimSpace(typed)} {
+			user, passwordHash, err = scanUser(db.userByEmail.QueryRow(email))
+			if !errors.Is(err, sql.ErrNoRows) {
+				return err
+			}
+		}
+		user, passwordHash, err = db.userInAnyCase(strings.TrimSpace(typed))
+		return err
+	})
+	return user, passwordHash, err
+}
+
+// userInAnyCase returns errUserNotFound unless exactly one account has the email in some case.
+func (db *database) userInAnyCase(email string) (user User, passwordHash string, err error) {
+	rows, err := db.usersByEmailCase.Query(email)
+	if err != nil {
+		return User{}, "", err
+	}
+	defer rows.Close()
 	found := 0
 	for ; rows.Next(); found++ {
 		if user, passwordHash, err = scanUser(rows); err != nil {
-			return User{}, "", storeError(doing, err)
+			return User{}, "", err
 		}
 	}
 	if err := rows.Err(); err != nil {
-		return User{}, "", storeError(doing, err)
+		return User{}, "", err
 	}
 	if found != 1 {
 		return User{}, "", errUserNotFound
@@ -352,6 +363,24 @@ func (db *database) ReplacePasswordHash(ctx context.Context, userID, oldHash, ne
 		_, err := tx.StmtContext(ctx, db.replaceHash).ExecContext(ctx, newHash, userID, oldHash)
 		return err
 	})
+}
+
+// read makes a query when a reading connection is free. The query is not bound to ctx: the driver would start
+// a goroutine to watch it, and close the connection that it interrupts.
+func (db *database) read(ctx context.Context, doing string, query func() error) error {
+	select {
+	case db.reading <- struct{}{}:
+	default:
+		ctx, cancel := context.WithTimeout(ctx, readerTimeout)
+		defer cancel()
+		select {
+		case db.reading <- struct{}{}:
+		case <-ctx.Done():
+			return storeError(doing, ctx.Err())
+		}
+	}
+	defer func() { <-db.reading }()
+	return storeError(doing, query())
 }
 
 // change is the body of a write transaction.
@@ -438,19 +467,17 @@ func (s *sqliteSessions) Create(ctx context.Context, id string, user User, ttl t
 	})
 }
 
-// Get ignores ctx: to watch it, database/sql and the driver would each start a goroutine, for a read of
-// microseconds.
-func (s *sqliteSessions) Get(_ context.Context, id string) (User, error) {
+func (s *sqliteSessions) Get(ctx context.Context, id string) (User, error) {
 	var user User
-	row := s.db.sessionByHash.QueryRow(hashID(id), time.Now().UnixMilli())
-	err := row.Scan(&user.ID, &user.Name, &user.Email, &user.CreatedAt, &user.UpdatedAt)
-	if errors.Is(err, sql.ErrNoRows) {
-		return User{}, errNoSession
-	}
-	if err != nil {
-		return User{}, storeError("looking a session up", err)
-	}
-	return user, nil
+	err := s.db.read(ctx, "looking a session up", func() error {
+		row := s.db.sessionByHash.QueryRow(hashID(id), time.Now().UnixMilli())
+		err := row.Scan(&user.ID, &user.Name, &user.Email, &user.CreatedAt, &user.UpdatedAt)
+		if errors.Is(err, sql.ErrNoRows) {
+			return errNoSession
+		}
+		return err
+	})
+	return user, err
 }
 
 func (s *sqliteSessions) Delete(ctx context.Context, id string) error {
