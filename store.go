@@ -17,6 +17,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"modernc.org/sqlite"
@@ -40,9 +41,12 @@ var schema string
 
 // database is the SQLite file. The original program may use the same file at the same time.
 type database struct {
-	writer  *sql.DB // one connection, as SQLite allows one writer
-	reader  *sql.DB // several, which in WAL mode never wait for the writer
+	path    string
+	opened  os.FileInfo // the file that stood at path
+	writer  *sql.DB     // one connection, as SQLite allows one writer
+	reader  *sql.DB     // several, which in WAL mode never wait for the writer
 	reading chan struct{}
+	abandon func() error
 
 	userByEmail      *sql.Stmt
 	usersByEmailCase *sql.Stmt
@@ -51,6 +55,7 @@ type database struct {
 	insertUser       *sql.Stmt
 	replaceHash      *sql.Stmt
 	sessionByHash    *sql.Stmt
+	anySession       *sql.Stmt
 	insertSession    *sql.Stmt
 	deleteSession    *sql.Stmt
 	sweepSessions    *sql.Stmt
@@ -65,8 +70,13 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 		return nil, explain(path, err)
 	}
 	file.Close()
+	opened, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
 	readers := runtime.NumCPU() + 1
-	db := &database{reading: make(chan struct{}, readers)}
+	db := &database{path: path, opened: opened, reading: make(chan struct{}, readers)}
+	db.abandon = sync.OnceValue(db.foldBack)
 	// The pragmas stand in the name so that every connection of a pool has them. synchronous(FULL): what
 	// was committed must outlive a power cut. temp_store(MEMORY): a scratch image has no /tmp. _dqs=0: a
 	// column that is missing must not be taken for a string.
@@ -130,7 +140,8 @@ func explain(path string, err error) error {
 		err, folder, probeErr)
 }
 
-// setUp makes the file ready and prepares all statements.
+// setUp makes the file ready, prepares all statements and opens all connections: one opened later, when
+// another file stands at the path, would read that one through the write-ahead log of the first.
 func (db *database) setUp(ctx context.Context) error {
 	if err := whenFree(ctx, db.applySchema); err != nil {
 		return err
@@ -142,7 +153,20 @@ func (db *database) setUp(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("switching to a write-ahead log: %w", err)
 	}
-	return db.prepare(ctx)
+	if err := db.prepare(ctx); err != nil {
+		return err
+	}
+	for range cap(db.reading) {
+		conn, err := db.reader.Conn(ctx)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		if err := conn.QueryRowContext(ctx, anyUser).Scan(new(bool)); err != nil { // opens the log
+			return err
+		}
+	}
+	return nil
 }
 
 // whenFree repeats what other processes' locks keep from being done.
@@ -229,6 +253,7 @@ func (db *database) prepare(ctx context.Context) error {
 		{&db.replaceHash, db.writer, `UPDATE users SET password = ? WHERE id = ? AND password = ?`},
 		{&db.sessionByHash, db.reader, `SELECT user_id, name, email, created_at, updated_at
 			FROM sessions WHERE id_hash = ? AND expires_at > ?`},
+		{&db.anySession, db.reader, `SELECT EXISTS (SELECT 1 FROM sessions)`},
 		{&db.insertSession, db.writer, insertSession},
 		{&db.deleteSession, db.writer, `DELETE FROM sessions WHERE id_hash = ? AND expires_at > ?`},
 		{&db.sweepSessions, db.writer, `DELETE FROM sessions WHERE id_hash IN
@@ -244,6 +269,7 @@ func (db *database) prepare(ctx context.Context) error {
 
 // Close closes the connections, the writer last: it folds the write-ahead log into the file.
 func (db *database) Close() error {
+	db.outcome("closing", nil) // SQLite does not fold the log of a file that is no longer at the path
 	err := db.reader.Close()
 	return errors.Join(err, db.writer.Close())
 }
@@ -380,7 +406,7 @@ func (db *database) read(ctx context.Context, doing string, query func() error) 
 		}
 	}
 	defer func() { <-db.reading }()
-	return storeError(doing, query())
+	return db.outcome(doing, query())
 }
 
 // change is the body of a write transaction.
@@ -395,7 +421,7 @@ func (db *database) write(ctx context.Context, doing string, do change) error {
 	}
 	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
 	defer cancel()
-	return storeError(doing, db.transact(ctx, do))
+	return db.outcome(doing, db.transact(ctx, do))
 }
 
 func (db *database) transact(ctx context.Context, do change) error {
@@ -411,6 +437,31 @@ func (db *database) transact(ctx context.Context, do change) error {
 		return err
 	}
 	return tx.Commit()
+}
+
+// outcome is how every operation ends: as storeError(doing, err), if the file at the path is still the one that
+// was opened. Otherwise it is an errUnavailable, whatever err is: nobody finds again what went into the old file.
+func (db *database) outcome(doing string, err error) error {
+	now, statErr := os.Stat(db.path)
+	switch {
+	case statErr == nil && os.SameFile(now, db.opened):
+		return storeError(doing, err)
+	case statErr == nil, errors.Is(statErr, fs.ErrNotExist):
+		return fmt.Errorf("%s: %w", doing, db.abandon())
+	}
+	return fmt.Errorf("%s: %w: %w", doing, errUnavailable, statErr)
+}
+
+// foldBack folds the write-ahead log into the file that was opened, closes all connections and returns the
+// error that says so. SQLite would leave the log where it is, and whoever next opens the file that now stands
+// at the path would play it into that one. (https://www.sqlite.org/howtocorrupt.html, section 1.4)
+func (db *database) foldBack() error {
+	ctx, cancel := context.WithTimeout(context.Background(), writeTimeout)
+	defer cancel()
+	db.reader.Close()
+	_, err := db.writer.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`)
+	return errors.Join(fmt.Errorf("%w: the file at DB_PATH=%q was deleted or replaced: restart the service",
+		errUnavailable, db.path), err, db.writer.Close())
 }
 
 // storeError adds what failed, and maps the errors of database/sql and SQLite to this program's:
@@ -441,9 +492,11 @@ func classify(err *sqlite.Error) error {
 	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY,
 		sqlite3.SQLITE_PERM:
 		return fmt.Errorf("%w: %w", errRefused, err)
-	case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_MISUSE,
-		sqlite3.SQLITE_RANGE:
+	case sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE:
 		return err
+	case sqlite3.SQLITE_ERROR:
+		// All statements fitted the tables at the start.
+		return fmt.Errorf("%w: somebody changed the tables, restart the service: %w", errUnavailable, err)
 	}
 	// An input or output error, a file that is gone or no database.
 	return fmt.Errorf("%w: %w", errUnavailable, err)
@@ -495,7 +548,12 @@ func (s *sqliteSessions) Delete(ctx context.Context, id string) error {
 	})
 }
 
-func (s *sqliteSessions) Ping(ctx context.Context) error { return s.db.Ping(ctx) }
+// Ping returns nil when the sessions table can be read.
+func (s *sqliteSessions) Ping(ctx context.Context) error {
+	return s.db.read(ctx, "reading sessions", func() error {
+		return s.db.anySession.QueryRow().Scan(new(bool))
+	})
+}
 
 // Close leaves the account database to whoever opened it.
 func (s *sqliteSessions) Close() error { return nil }
