@@ -9,13 +9,15 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"io/fs"
+	"math"
 	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"modernc.org/sqlite"
@@ -27,17 +29,24 @@ var (
 	errEmailTaken   = errors.New("the email is registered already")
 )
 
-// A write ends after writeTimeout, except a commit that has begun: that lasts as long as the disk needs.
-// For some 1.5 s of it (busy_timeout) SQLite waits for other processes' locks.
-const writeTimeout = 2500 * time.Millisecond
+// How long operations may take. SQLite waits for other processes' locks for 1.5 s of it (busy_timeout).
+const (
+	setUpTimeout  = 10 * time.Second
+	readerTimeout = time.Second             // the wait for a free reading connection
+	writeTimeout  = 2500 * time.Millisecond // a write, but for a commit that has begun
+)
 
 //go:embed schema.sql
 var schema string
 
 // database is the SQLite file. The original program may use the same file at the same time.
 type database struct {
-	writer *sql.DB // one connection, as SQLite allows one writer
-	reader *sql.DB // several, which in WAL mode never wait for the writer
+	path    string
+	opened  os.FileInfo // the file that stood at path
+	writer  *sql.DB     // one connection, as SQLite allows one writer
+	reader  *sql.DB     // several, which in WAL mode never wait for the writer
+	reading chan struct{}
+	abandon func() error
 
 	userByEmail      *sql.Stmt
 	usersByEmailCase *sql.Stmt
@@ -46,173 +55,190 @@ type database struct {
 	insertUser       *sql.Stmt
 	replaceHash      *sql.Stmt
 	sessionByHash    *sql.Stmt
+	anySession       *sql.Stmt
 	insertSession    *sql.Stmt
 	deleteSession    *sql.Stmt
 	sweepSessions    *sql.Stmt
 }
 
 // openDatabase opens the file at path and applies the schema. A missing file is created, readable to its
-// owner only. A file whose tables are another program's is left as it was, and the error names table and
-// column.
+// owner only. A file whose tables are another program's is left as it was, and the error names the table. When
+// ctx ends, so does the wait for other programs' locks.
 func openDatabase(ctx context.Context, path string) (*database, error) {
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, err
+		return nil, explain(path, err)
 	}
 	file.Close()
+	opened, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	readers := runtime.NumCPU() + 1
+	db := &database{path: path, opened: opened, reading: make(chan struct{}, readers)}
+	db.abandon = sync.OnceValue(db.foldBack)
 	// The pragmas stand in the name so that every connection of a pool has them. synchronous(FULL): what
-	// was committed must outlive a power cut. temp_store(MEMORY): a scratch image has no /tmp.
+	// was committed must outlive a power cut. temp_store(MEMORY): a scratch image has no /tmp. _dqs=0: a
+	// column that is missing must not be taken for a string.
 	escaped := (&url.URL{Path: filepath.ToSlash(filepath.Clean(path))}).EscapedPath()
-	name := "file:" + escaped + "?_pragma=synchronous(FULL)&_pragma=foreign_keys(1)" +
-		"&_pragma=temp_store(MEMORY)&_txlock=immediate"
-	if err := setUpInTime(ctx, path, name); err != nil {
+	name := "file:" + escaped + "?_pragma=busy_timeout(1500)&_pragma=synchronous(FULL)" +
+		"&_pragma=foreign_keys(1)&_pragma=temp_store(MEMORY)&_txlock=immediate&_dqs=0"
+	defer holdLog(path, name)()
+	if db.writer, err = openPool(name, 1); err != nil {
 		return nil, err
 	}
-	name += "&_pragma=busy_timeout(1500)&_pragma=journal_mode(WAL)"
-	db := &database{}
-	if db.writer, err = sql.Open("sqlite", name); err != nil {
+	if db.reader, err = openPool(name+"&_query_only=1", readers); err != nil {
+		db.writer.Close()
 		return nil, err
 	}
-	if db.reader, err = sql.Open("sqlite", name+"&_query_only=1"); err != nil {
-		return nil, err
-	}
-	db.writer.SetMaxOpenConns(1)
-	db.reader.SetMaxOpenConns(runtime.NumCPU() + 1)
-	db.reader.SetMaxIdleConns(runtime.NumCPU() + 1)
-	if err := db.prepare(); err != nil {
-		return nil, errors.Join(err, db.Close())
+	if err := db.setUp(ctx); err != nil {
+		db.reader.Close()
+		db.writer.Close()
+		return nil, explain(path, err)
 	}
 	return db, nil
 }
 
-// setUpInTime sets up a file that others may be writing to. SQLite's own waiting for them does not heed ctx.
-func setUpInTime(ctx context.Context, path, name string) error {
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		err := setUp(path, name)
-		if err == nil || !errors.Is(storeError("", err), errRefused) || time.Now().After(deadline) {
-			return err
-		}
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-	}
-}
-
-// setUp checks whose tables the file has, applies the schema and makes the file a WAL database. A file of
-// another program is left as it was.
-func setUp(path, name string) error {
-	if _, err := os.Stat(path + "-wal"); err == nil {
-		if err := checkReadOnly(name); errors.Is(err, errForeignTable) {
-			return err // other errors recur below
-		}
-	}
-	db, err := sql.Open("sqlite", name+"&_pragma=busy_timeout(100)")
+// openPool returns a pool that keeps its connections, once they are open.
+func openPool(name string, connections int) (*sql.DB, error) {
+	pool, err := sql.Open("sqlite", name)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer db.Close()
-	if err := tryOut(db); err != nil {
-		return err
-	}
-	if _, err := db.Exec(schema); err != nil {
-		return fmt.Errorf("applying the schema: %w", err)
-	}
-	_, err = db.Exec(`PRAGMA journal_mode(WAL)`)
-	return err
+	pool.SetMaxOpenConns(connections)
+	pool.SetMaxIdleConns(connections)
+	return pool, nil
 }
 
-// checkReadOnly is checkTables without writing a write-ahead log back, which may be another program's.
-func checkReadOnly(name string) error {
+// holdLog keeps the write-ahead log of a file that is not ours as it is. The last connection to close folds
+// the log into the file, unless it is one that cannot write. So such a one stays open until release.
+func holdLog(path, name string) (release func()) {
+	if _, err := os.Stat(path + "-wal"); err != nil {
+		return func() {}
+	}
 	db, err := sql.Open("sqlite", name+"&mode=ro")
 	if err != nil {
-		return err
+		return func() {}
 	}
-	defer db.Close()
-	return checkTables(db)
+	db.Exec(`SELECT count(*) FROM sqlite_schema`) // opens the log; an error recurs in setUp
+	return func() { db.Close() }
 }
 
-// tryOut applies the schema and inserts an account, in a transaction that is rolled back: a file that
-// refuses either stays as it was.
-func tryOut(db *sql.DB) error {
-	tx, err := db.Begin()
+// explain adds to an error that the file's folder cannot be written, if so. SQLite says no more than "unable
+// to open database file".
+func explain(path string, err error) error {
+	folder := filepath.Dir(path)
+	probe, probeErr := os.CreateTemp(folder, "")
+	if probeErr == nil {
+		probe.Close()
+		os.Remove(probe.Name())
+	}
+	if probeErr == nil || errors.Is(probeErr, fs.ErrNotExist) {
+		return err
+	}
+	return fmt.Errorf("%w; the folder %q must be writable, for files beside it that end in -wal and -shm: %w",
+		err, folder, probeErr)
+}
+
+// setUp makes the file ready, prepares all statements and opens all connections: one opened later, when
+// another file stands at the path, would read that one through the write-ahead log of the first.
+func (db *database) setUp(ctx context.Context) error {
+	if err := whenFree(ctx, db.applySchema); err != nil {
+		return err
+	}
+	err := whenFree(ctx, func(ctx context.Context) error { // SQLite does not wait here by itself
+		_, err := db.writer.ExecContext(ctx, `PRAGMA journal_mode(WAL)`)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("switching to a write-ahead log: %w", err)
+	}
+	if err := db.prepare(ctx); err != nil {
+		return err
+	}
+	for range cap(db.reading) {
+		conn, err := db.reader.Conn(ctx)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		if err := conn.QueryRowContext(ctx, anyUser).Scan(new(bool)); err != nil { // opens the log
+			return err
+		}
+	}
+	return nil
+}
+
+// whenFree repeats what other processes' locks keep from being done.
+func whenFree(ctx context.Context, do func(context.Context) error) error {
+	for deadline := time.Now().Add(setUpTimeout); ; {
+		err := do(ctx)
+		e, ok := errors.AsType[*sqlite.Error](err)
+		if !ok || e.Code()&0xff != sqlite3.SQLITE_BUSY || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// applySchema applies the schema and tries it out with an account and a session, in one transaction. What
+// does not take them is another program's, and stays as it was.
+func (db *database) applySchema(ctx context.Context) error {
+	tx, err := db.writer.BeginTx(ctx, nil)
 	if err != nil {
 		return err
 	}
 	defer tx.Rollback()
-	if err := checkTables(tx); err != nil {
-		return err
+	if _, err := tx.ExecContext(ctx, schema); err != nil {
+		return setUpError("applying the schema to the tables users and sessions", err)
 	}
-	if _, err := tx.Exec(schema); err != nil {
-		return fmt.Errorf("applying the schema: %w", err)
+	if _, err := tx.ExecContext(ctx, `SAVEPOINT trial`); err != nil {
+		return err
 	}
 	id := newUUID()
-	_, err = tx.Exec(insertUser, id, "trial", id, 0, 0, "trial", id)
-	if errors.Is(storeError("", err), errUnavailable) {
-		return err // a full disk, say
+	if _, err := tx.ExecContext(ctx, insertUser, id, "trial", id, 0, 0, "trial", id); err != nil {
+		return setUpError("adding a trial account to the table users", err)
 	}
-	if err != nil {
-		return fmt.Errorf("table users is %w: it takes no account: %w", errForeignTable, err)
+	if _, err := tx.ExecContext(ctx, insertSession, hashID(id), id, "trial", id, "", "", 0); err != nil {
+		return setUpError("adding a trial session to the table sessions", err)
 	}
-	return nil
-}
-
-var errForeignTable = errors.New("another program's")
-
-// querier is a *sql.DB or a *sql.Tx.
-type querier interface {
-	Query(query string, args ...any) (*sql.Rows, error)
-}
-
-func checkTables(q querier) error {
-	err := checkTable(q, "users", "id", "name", "email", "password", "createdAt", "updateAt")
-	if err != nil {
+	if _, err := tx.ExecContext(ctx, `ROLLBACK TO trial`); err != nil {
 		return err
 	}
-	return checkTable(q, "sessions",
-		"id_hash", "user_id", "name", "email", "created_at", "updated_at", "expires_at")
+	return tx.Commit()
 }
 
-// checkTable returns errForeignTable unless the file has no such table, or one with these columns. Further
-// columns are allowed if they have a default or may be NULL.
-func checkTable(q querier, table string, columns ...string) error {
-	rows, err := q.Query(`SELECT name, "notnull" AND dflt_value IS NULL FROM pragma_table_info(?)`, table)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	missing := slices.Clone(columns)
-	exists := false
-	for rows.Next() {
-		exists = true
-		var column string
-		var required bool
-		if err := rows.Scan(&column, &required); err != nil {
-			return err
+// setUpError says whose the table is if its columns are the trouble, rather than a full disk, say.
+func setUpError(doing string, err error) error {
+	if e, ok := errors.AsType[*sqlite.Error](err); ok {
+		switch e.Code() & 0xff {
+		case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH:
+			return fmt.Errorf("%s: the file is another program's: %w", doing, err)
 		}
-		if !slices.Contains(columns, column) && required {
-			return fmt.Errorf("table %s is %w: it wants a column %q filled", table, errForeignTable, column)
-		}
-		missing = slices.DeleteFunc(missing, func(c string) bool { return c == column })
 	}
-	if err := rows.Err(); err != nil {
-		return err
-	}
-	if exists && len(missing) > 0 {
-		return fmt.Errorf("table %s is %w: it has no column %q", table, errForeignTable, missing[0])
-	}
-	return nil
+	return fmt.Errorf("%s: %w", doing, err)
 }
 
-// insertUser inserts nothing where the email is taken: as ?7, which is how it was typed, or as ?3.
-const insertUser = `INSERT INTO users (id, name, email, createdAt, updateAt, password)
-	SELECT ?1, ?2, ?3, ?4, ?5, ?6
-	WHERE NOT EXISTS (SELECT 1 FROM users WHERE email = ?7)
-	AND NOT EXISTS (SELECT 1 FROM users WHERE email = ?3 COLLATE NOCASE)`
+const (
+	anyUser = `SELECT EXISTS (SELECT 1 FROM users)`
 
-// prepare prepares every statement, so that one that does not fit the file ends the start.
-func (db *database) prepare() error {
-	const user = `SELECT id, name, email, CAST(createdAt AS TEXT), CAST(updateAt AS TEXT), password
-		FROM users `
+	// It inserts nothing where the email is taken: as ?7, which is how it was typed, or as ?3.
+	insertUser = `INSERT INTO users (id, name, email, createdAt, updateAt, password)
+		SELECT ?1, ?2, ?3, ?4, ?5, ?6
+		WHERE NOT EXISTS (SELECT 1 FROM users WHERE email COLLATE NOCASE IN (?3, ?7))`
+
+	insertSession = `INSERT INTO sessions (id_hash, user_id, name, email, created_at, updated_at, expires_at)
+		VALUES (?, ?, ?, ?, ?, ?, ?)`
+)
+
+func (db *database) prepare(ctx context.Context) error {
+	// A date that is NULL or cannot be read keeps nobody out (userTimes).
+	const user = `SELECT id, name, email, COALESCE(CAST(createdAt AS TEXT), ''),
+		COALESCE(CAST(updateAt AS TEXT), ''), password FROM users `
 	for _, p := range []struct {
 		stmt  **sql.Stmt
 		pool  *sql.DB
@@ -220,22 +246,21 @@ func (db *database) prepare() error {
 	}{
 		{&db.userByEmail, db.reader, user + `WHERE email = ?`},
 		{&db.usersByEmailCase, db.reader, user + `WHERE email = ? COLLATE NOCASE LIMIT 2`},
-		{&db.emailTaken, db.reader, `SELECT EXISTS (SELECT 1 FROM users WHERE email = ?1)
-			OR EXISTS (SELECT 1 FROM users WHERE email = ?2 COLLATE NOCASE)`},
-		{&db.anyUser, db.reader, `SELECT EXISTS (SELECT 1 FROM users)`},
+		{&db.emailTaken, db.reader,
+			`SELECT EXISTS (SELECT 1 FROM users WHERE email COLLATE NOCASE IN (?, ?))`},
+		{&db.anyUser, db.reader, anyUser},
 		{&db.insertUser, db.writer, insertUser},
 		{&db.replaceHash, db.writer, `UPDATE users SET password = ? WHERE id = ? AND password = ?`},
 		{&db.sessionByHash, db.reader, `SELECT user_id, name, email, created_at, updated_at
 			FROM sessions WHERE id_hash = ? AND expires_at > ?`},
-		{&db.insertSession, db.writer,
-			`INSERT INTO sessions (id_hash, user_id, name, email, created_at, updated_at, expires_at)
-			VALUES (?, ?, ?, ?, ?, ?, ?)`},
+		{&db.anySession, db.reader, `SELECT EXISTS (SELECT 1 FROM sessions)`},
+		{&db.insertSession, db.writer, insertSession},
 		{&db.deleteSession, db.writer, `DELETE FROM sessions WHERE id_hash = ? AND expires_at > ?`},
 		{&db.sweepSessions, db.writer, `DELETE FROM sessions WHERE id_hash IN
 			(SELECT id_hash FROM sessions WHERE expires_at <= ? LIMIT 100)`},
 	} {
 		var err error
-		if *p.stmt, err = p.pool.Prepare(p.query); err != nil {
+		if *p.stmt, err = p.pool.PrepareContext(ctx, p.query); err != nil {
 			return fmt.Errorf("preparing %s: %w", p.query, err)
 		}
 	}
@@ -244,32 +269,29 @@ func (db *database) prepare() error {
 
 // Close closes the connections, the writer last: it folds the write-ahead log into the file.
 func (db *database) Close() error {
+	db.outcome("closing", nil) // SQLite does not fold the log of a file that is no longer at the path
 	err := db.reader.Close()
 	return errors.Join(err, db.writer.Close())
 }
 
 // Ping returns nil when the users table can be read.
 func (db *database) Ping(ctx context.Context) error {
-	return storeError("reading users", db.anyUser.QueryRowContext(ctx).Scan(new(bool)))
+	return db.read(ctx, "reading users", func() error {
+		return db.anyUser.QueryRow().Scan(new(bool))
+	})
 }
 
-// normalizeEmail brings an email into the form in which new accounts have it.
-func normalizeEmail(email string) string {
-	return strings.ToLower(strings.TrimSpace(email))
-}
-
-// EmailTaken returns errEmailTaken when an account has the email as it was typed, or its normalized form in
-// any case of its ASCII letters.
+// EmailTaken returns errEmailTaken when an account has the email as it was typed, or trimmed, in any case of
+// its ASCII letters.
 func (db *database) EmailTaken(ctx context.Context, typed string) error {
-	var taken bool
-	err := db.emailTaken.QueryRowContext(ctx, typed, normalizeEmail(typed)).Scan(&taken)
-	if err != nil {
-		return storeError("looking an email up", err)
-	}
-	if taken {
-		return errEmailTaken
-	}
-	return nil
+	return db.read(ctx, "looking an email up", func() error {
+		var taken bool
+		err := db.emailTaken.QueryRow(typed, strings.TrimSpace(typed)).Scan(&taken)
+		if err == nil && taken {
+			return errEmailTaken
+		}
+		return err
+	})
 }
 
 // InsertUser stores a new account with its email as in user. It returns errEmailTaken as EmailTaken does, for
@@ -295,31 +317,39 @@ func (db *database) InsertUser(ctx context.Context, user User, typed, passwordHa
 }
 
 // UserByEmail returns the account that an email means at sign-in, and its password hash. That is, in this
-// order: the one with the email as it was typed; the one with its normalized form; the only one that
-// differs from that form in the case of ASCII letters. Otherwise errUserNotFound.
+// order: the one with the email as it was typed, byte for byte; the one with it trimmed; the only one that
+// differs from that in the case of ASCII letters. Otherwise errUserNotFound.
 func (db *database) UserByEmail(ctx context.Context, typed string) (User, string, error) {
-	const doing = "finding user by email"
-	for _, email := range []string{typed, normalizeEmail(typed)} {
-		user, passwordHash, err := scanUser(db.userByEmail.QueryRowContext(ctx, email))
-		if !errors.Is(err, sql.ErrNoRows) {
-			return user, passwordHash, storeError(doing, err)
-		}
-	}
-	rows, err := db.usersByEmailCase.QueryContext(ctx, normalizeEmail(typed))
-	if err != nil {
-		return User{}, "", storeError(doing, err)
-	}
-	defer rows.Close()
 	var user User
 	var passwordHash string
+	err := db.read(ctx, "finding user by email", func() (err error) {
+		for _, email := range []string{typed, strings.TrimSpace(typed)} {
+			user, passwordHash, err = scanUser(db.userByEmail.QueryRow(email))
+			if !errors.Is(err, sql.ErrNoRows) {
+				return err
+			}
+		}
+		user, passwordHash, err = db.userInAnyCase(strings.TrimSpace(typed))
+		return err
+	})
+	return user, passwordHash, err
+}
+
+// userInAnyCase returns errUserNotFound unless exactly one account has the email in some case.
+func (db *database) userInAnyCase(email string) (user User, passwordHash string, err error) {
+	rows, err := db.usersByEmailCase.Query(email)
+	if err != nil {
+		return User{}, "", err
+	}
+	defer rows.Close()
 	found := 0
 	for ; rows.Next(); found++ {
 		if user, passwordHash, err = scanUser(rows); err != nil {
-			return User{}, "", storeError(doing, err)
+			return User{}, "", err
 		}
 	}
 	if err := rows.Err(); err != nil {
-		return User{}, "", storeError(doing, err)
+		return User{}, "", err
 	}
 	if found != 1 {
 		return User{}, "", errUserNotFound
@@ -338,14 +368,17 @@ func scanUser(row interface{ Scan(...any) error }) (user User, passwordHash stri
 	return user, passwordHash, nil
 }
 
-// parseColumnTime reads a time of the users table, cast to text: Unix milliseconds as Prisma's engine writes
-// them, RFC 3339 as its JavaScript drivers do, or UTC as SQLite's CURRENT_TIMESTAMP.
+// parseColumnTime reads a time of the users table, cast to text, as Prisma does: Unix milliseconds, a fraction
+// of one cut off, or a date with or without a time. Where there is no zone it is UTC.
 func parseColumnTime(text string) (string, bool) {
-	if millis, err := strconv.ParseInt(text, 10, 64); err == nil {
-		return formatTime(time.UnixMilli(millis))
+	if millis, err := strconv.ParseFloat(text, 64); err == nil && math.Abs(millis) < 1<<53 {
+		return formatTime(time.UnixMilli(int64(millis)))
 	}
-	if t, err := time.Parse(time.DateTime, text); err == nil {
-		return formatTime(t)
+	text = strings.Replace(text, " ", "T", 1)
+	for _, layout := range []string{"2006-01-02T15:04:05", time.DateOnly} {
+		if t, err := time.Parse(layout, text); err == nil {
+			return formatTime(t)
+		}
 	}
 	return parseRFC3339(text)
 }
@@ -356,6 +389,24 @@ func (db *database) ReplacePasswordHash(ctx context.Context, userID, oldHash, ne
 		_, err := tx.StmtContext(ctx, db.replaceHash).ExecContext(ctx, newHash, userID, oldHash)
 		return err
 	})
+}
+
+// read makes a query when a reading connection is free. The query is not bound to ctx: the driver would start
+// a goroutine to watch it, and close the connection that it interrupts.
+func (db *database) read(ctx context.Context, doing string, query func() error) error {
+	select {
+	case db.reading <- struct{}{}:
+	default:
+		ctx, cancel := context.WithTimeout(ctx, readerTimeout)
+		defer cancel()
+		select {
+		case db.reading <- struct{}{}:
+		case <-ctx.Done():
+			return storeError(doing, ctx.Err())
+		}
+	}
+	defer func() { <-db.reading }()
+	return db.outcome(doing, query())
 }
 
 // change is the body of a write transaction.
@@ -370,18 +421,47 @@ func (db *database) write(ctx context.Context, doing string, do change) error {
 	}
 	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
 	defer cancel()
+	return db.outcome(doing, db.transact(ctx, do))
+}
+
+func (db *database) transact(ctx context.Context, do change) error {
 	tx, err := db.writer.BeginTx(ctx, nil)
 	if errors.Is(err, context.DeadlineExceeded) {
-		return fmt.Errorf("%s: %w: other writes are in the way: %w", doing, errRefused, err)
+		return fmt.Errorf("%w: other writes are in the way: %w", errRefused, err)
 	}
 	if err != nil {
-		return storeError(doing, err)
+		return err
 	}
 	defer tx.Rollback()
 	if err := do(ctx, tx); err != nil {
-		return storeError(doing, err)
+		return err
 	}
-	return storeError(doing, tx.Commit())
+	return tx.Commit()
+}
+
+// outcome is how every operation ends: as storeError(doing, err), if the file at the path is still the one that
+// was opened. Otherwise it is an errUnavailable, whatever err is: nobody finds again what went into the old file.
+func (db *database) outcome(doing string, err error) error {
+	now, statErr := os.Stat(db.path)
+	switch {
+	case statErr == nil && os.SameFile(now, db.opened):
+		return storeError(doing, err)
+	case statErr == nil, errors.Is(statErr, fs.ErrNotExist):
+		return fmt.Errorf("%s: %w", doing, db.abandon())
+	}
+	return fmt.Errorf("%s: %w: %w", doing, errUnavailable, statErr)
+}
+
+// foldBack folds the write-ahead log into the file that was opened, closes all connections and returns the
+// error that says so. SQLite would leave the log where it is, and whoever next opens the file that now stands
+// at the path would play it into that one. (https://www.sqlite.org/howtocorrupt.html, section 1.4)
+func (db *database) foldBack() error {
+	ctx, cancel := context.WithTimeout(context.Background(), writeTimeout)
+	defer cancel()
+	db.reader.Close()
+	_, err := db.writer.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`)
+	return errors.Join(fmt.Errorf("%w: the file at DB_PATH=%q was deleted or replaced: restart the service",
+		errUnavailable, db.path), err, db.writer.Close())
 }
 
 // storeError adds what failed, and maps the errors of database/sql and SQLite to this program's:
@@ -397,6 +477,7 @@ func storeError(doing string, err error) error {
 		err = errEmailTaken // users.email has the only such constraint
 	case isSQLite:
 		err = classify(e)
+	case errors.Is(err, errUnavailable):
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, sql.ErrTxDone):
 		// The transaction was rolled back at its deadline.
 		err = fmt.Errorf("%w: %w", errUnavailable, err)
@@ -411,9 +492,11 @@ func classify(err *sqlite.Error) error {
 	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY,
 		sqlite3.SQLITE_PERM:
 		return fmt.Errorf("%w: %w", errRefused, err)
-	case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_MISUSE,
-		sqlite3.SQLITE_RANGE:
+	case sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE:
 		return err
+	case sqlite3.SQLITE_ERROR:
+		// All statements fitted the tables at the start.
+		return fmt.Errorf("%w: somebody changed the tables, restart the service: %w", errUnavailable, err)
 	}
 	// An input or output error, a file that is gone or no database.
 	return fmt.Errorf("%w: %w", errUnavailable, err)
@@ -437,19 +520,17 @@ func (s *sqliteSessions) Create(ctx context.Context, id string, user User, ttl t
 	})
 }
 
-// Get ignores ctx: to watch it, database/sql and the driver would each start a goroutine, for a read of
-// microseconds.
-func (s *sqliteSessions) Get(_ context.Context, id string) (User, error) {
+func (s *sqliteSessions) Get(ctx context.Context, id string) (User, error) {
 	var user User
-	row := s.db.sessionByHash.QueryRow(hashID(id), time.Now().UnixMilli())
-	err := row.Scan(&user.ID, &user.Name, &user.Email, &user.CreatedAt, &user.UpdatedAt)
-	if errors.Is(err, sql.ErrNoRows) {
-		return User{}, errNoSession
-	}
-	if err != nil {
-		return User{}, storeError("looking a session up", err)
-	}
-	return user, nil
+	err := s.db.read(ctx, "looking a session up", func() error {
+		row := s.db.sessionByHash.QueryRow(hashID(id), time.Now().UnixMilli())
+		err := row.Scan(&user.ID, &user.Name, &user.Email, &user.CreatedAt, &user.UpdatedAt)
+		if errors.Is(err, sql.ErrNoRows) {
+			return errNoSession
+		}
+		return err
+	})
+	return user, err
 }
 
 func (s *sqliteSessions) Delete(ctx context.Context, id string) error {
@@ -467,7 +548,12 @@ func (s *sqliteSessions) Delete(ctx context.Context, id string) error {
 	})
 }
 
-func (s *sqliteSessions) Ping(ctx context.Context) error { return s.db.Ping(ctx) }
+// Ping returns nil when the sessions table can be read.
+func (s *sqliteSessions) Ping(ctx context.Context) error {
+	return s.db.read(ctx, "reading sessions", func() error {
+		return s.db.anySession.QueryRow().Scan(new(bool))
+	})
+}
 
 // Close leaves the account database to whoever opened it.
 func (s *sqliteSessions) Close() error { return nil }
