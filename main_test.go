@@ -3571,6 +3571,48 @@ func TestRedirections(t *testing.T) {
 	}
 }
 
+// The race detector sees what is read into one lookup from two connections.
+func TestALookupThatMovesToAnotherConnectionIsReadFromThatAlone(t *testing.T) {
+	t.Parallel()
+	first, second := newUUID(), newUUID()
+	var node *fakeRedis
+	moved := func(id string) string { return fmt.Sprintf("-MOVED %d %s\r\n", slotOf(sessionKey(id)), node.addr) }
+	held := "" // the replies to the first lookup, until the second one has come
+	commands := 0
+	node = startFakeRedis(t, func(command []string) string {
+		switch commands++; commands {
+		case 1:
+			held = moved(first) // to itself, which ends the connection
+			return ""
+		case 2:
+			held += plainReply(command)
+			return ""
+		case 3:
+			return held + "*2\r\n$2\r\nid\r\n$44\r\nsession:"
+		case 4:
+			return ""
+		}
+		return plainReply(command)
+	})
+	entry := startFakeRedis(t, func(command []string) string {
+		if id, isSession := strings.CutPrefix(command[1], sessionKey("")); isSession {
+			return moved(id)
+		}
+		return plainReply(command)
+	})
+	store := openRedisSessions(t, entry.url())
+	lookUp := func(id string) {
+		if user, err := store.Get(t.Context(), id); err != nil || user.ID != sessionKey(id) {
+			t.Errorf("Get %s: %v, %v", id, user, err)
+		}
+	}
+	var lookups sync.WaitGroup
+	lookups.Go(func() { lookUp(first) })
+	eventually(t, 10*time.Second, "the first lookup is sent", func() bool { return node.seen("ECHO") == 1 })
+	lookups.Go(func() { lookUp(second) })
+	lookups.Wait()
+}
+
 // redisCluster is a real one: three primaries, which share the slots, and perhaps a replica of each.
 type redisCluster struct {
 	host      *redisHost
