@@ -3200,6 +3200,8 @@ func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
 		{"numbers for a hash", "Get", "HGETALL", "*2\r\n:1\r\n:2\r\n", errUnavailable, 1, false, true},
 		{"text for a deletion", "Delete", "DEL", bulkString("1"), errUnavailable, 1, false, true},
 		{"OK for a deletion", "Delete", "DEL", "+OK\r\n", errUnavailable, 1, false, true},
+		{"an error without words", "Delete", "DEL", "-\r\n", errUnavailable, 1, false, true},
+		{"less than nothing", "Delete", "DEL", ":-1\r\n", errUnavailable, 1, false, true},
 		{"nothing for a creation", "Create", "EXEC", "*-1\r\n", errUnavailable, 1, false, true},
 		{"one reply for a creation", "Create", "EXEC", "*1\r\n:5\r\n", errUnavailable, 1, false, true},
 		{"three for a creation", "Create", "EXEC", "*3\r\n:5\r\n:1\r\n:1\r\n", errUnavailable, 1, false, true},

@@ -1142,7 +1142,7 @@ func (r *replyReader) line(kind byte) []byte {
 		err = errReplySize
 	}
 	text, whole := bytes.CutSuffix(line, []byte("\r\n"))
-	if err == nil && (!whole || len(text) == 0 || text[0] != kind && text[0] != '-') {
+	if err == nil && (!whole || len(text) < 2 || text[0] != kind && text[0] != '-') {
 		err = errReplyShape
 	}
 	r.fail(err)
@@ -1167,15 +1167,15 @@ func (r *replyReader) spend(n int) bool {
 	return r.err == nil
 }
 
-// number reads an integer (':'), or the number that begins an array ('*') or a bulk string ('$'). Null, a
-// refusal and an error of the stream are -1.
+// number reads an integer (':'), none of which is negative here, or the number that begins an array ('*') or a
+// bulk string ('$'). Null, a refusal and an error of the stream are -1.
 func (r *replyReader) number(kind byte) int {
 	line := r.line(kind)
 	if line == nil {
 		return -1
 	}
 	n, err := strconv.Atoi(string(line))
-	if err != nil || n < -1 {
+	if err != nil || n < -1 || n == -1 && kind == ':' {
 		r.fail(errReplyShape)
 		return -1
 	}
