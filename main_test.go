@@ -3660,7 +3660,7 @@ func bulkString(text string) string { return fmt.Sprintf("$%d\r\n%s\r\n", len(te
 // plainReply is what a Redis says that has every session, each with its key for the user's id.
 func plainReply(command []string) string {
 	switch command[0] {
-	case "MULTI", "AUTH":
+	case "MULTI", "AUTH", "ASKING":
 		return "+OK\r\n"
 	case "HSET", "EXPIRE":
 		return "+QUEUED\r\n"
@@ -3712,6 +3712,8 @@ func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
 		{"numbers for a hash", "Get", "HGETALL", "*2\r\n:1\r\n:2\r\n", errUnavailable, 1, false, true},
 		{"text for a deletion", "Delete", "DEL", bulkString("1"), errUnavailable, 1, false, true},
 		{"OK for a deletion", "Delete", "DEL", "+OK\r\n", errUnavailable, 1, false, true},
+		{"an error without words", "Delete", "DEL", "-\r\n", errUnavailable, 1, false, true},
+		{"less than nothing", "Delete", "DEL", ":-1\r\n", errUnavailable, 1, false, true},
 		{"nothing for a creation", "Create", "EXEC", "*-1\r\n", errUnavailable, 1, false, true},
 		{"one reply for a creation", "Create", "EXEC", "*1\r\n:5\r\n", errUnavailable, 1, false, true},
 		{"three for a creation", "Create", "EXEC", "*3\r\n:5\r\n:1\r\n:1\r\n", errUnavailable, 1, false, true},
@@ -3958,6 +3960,572 @@ func TestRedisURLs(t *testing.T) {
 		if got, err := parseRedisURL(url); err == nil || strings.Contains(err.Error(), "s3cret") {
 			t.Errorf("%s: %v, %v, want an error that tells nothing", url, got, err)
 		}
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------
+// session.go: a cluster.
+
+// fakeCluster starts nodes, each of which answers a command with the replies of its script, one after the other,
+// and then with plainReply. In a reply #1 stands for the address of the second node, and SLOT for that of the key.
+func fakeCluster(t testing.TB, key string, scripts ...map[string][]string) []*fakeRedis {
+	t.Helper()
+	nodes := make([]*fakeRedis, len(scripts))
+	var names []string
+	for i := range scripts {
+		left := maps.Clone(scripts[i])
+		nodes[i] = startFakeRedis(t, func(command []string) string {
+			replies := left[command[0]]
+			if len(replies) == 0 {
+				return plainReply(command)
+			}
+			left[command[0]] = replies[1:]
+			return strings.NewReplacer(names...).Replace(replies[0]) + "\r\n"
+		})
+	}
+	names = append(names, "SLOT", strconv.Itoa(slotOf(key)))
+	for i, node := range nodes {
+		host, port, _ := net.SplitHostPort(node.addr)
+		names = append(names, fmt.Sprintf("#%d", i), host+":"+port, fmt.Sprintf("PORT%d", i), port)
+	}
+	return nodes
+}
+
+// commands returns the names of those that were received.
+func (f *fakeRedis) commands() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var names []string
+	for _, command := range f.received {
+		names = append(names, command[0])
+	}
+	return strings.Join(names, " ")
+}
+
+func TestRedirections(t *testing.T) {
+	t.Parallel()
+	const (
+		lookup   = "HGETALL ECHO"
+		creation = "MULTI HSET EXPIRE EXEC ECHO"
+		deletion = "DEL ECHO"
+	)
+	type script = map[string][]string
+	get := func(replies ...string) script { return script{"HGETALL": replies} }
+	moved, ask := "-MOVED SLOT #1", "-ASK SLOT #1"
+	for _, tt := range []struct {
+		name    string
+		call    string
+		nodes   []script // the first one is in REDIS_URL
+		want    error    // of the first call; another one has none
+		sent    []string // to each node, in both calls
+		dialled int      // connections to the first node
+	}{
+		{name: "none", call: "Get", nodes: []script{nil}, sent: []string{lookup + " " + lookup}},
+		{name: "MOVED is remembered", call: "Get", nodes: []script{get(moved), nil},
+			sent: []string{lookup, lookup + " " + lookup}},
+		{name: "ASK is not", call: "Get", nodes: []script{get(ask, ask), nil},
+			sent: []string{lookup + " " + lookup, "ASKING " + lookup + " ASKING " + lookup}},
+		{name: "no host", call: "Get", nodes: []script{get("-MOVED SLOT :PORT1"), nil},
+			sent: []string{lookup, lookup + " " + lookup}},
+		{name: "an unknown host", call: "Get", nodes: []script{get("-MOVED SLOT ?:PORT1"), nil},
+			sent: []string{lookup, lookup + " " + lookup}},
+		{name: "five", call: "Get",
+			nodes: []script{get(moved), get("-MOVED SLOT #2"), get("-ASK SLOT #3"), get("-ASK SLOT #4"), get("-MOVED SLOT #5"), nil},
+			sent:  []string{lookup, lookup, lookup, "ASKING " + lookup, "ASKING " + lookup, lookup + " " + lookup}},
+		{name: "six", call: "Get", want: errRefused,
+			nodes: []script{get(moved, moved, moved), get("-MOVED SLOT #0", "-MOVED SLOT #0", "-MOVED SLOT #0")},
+			sent:  []string{lookup + " " + lookup + " " + lookup, strings.Repeat(lookup+" ", 3) + lookup}, dialled: 2},
+		{name: "to itself", call: "Get", nodes: []script{get("-MOVED SLOT #0", "-MOVED SLOT #0")},
+			sent: []string{strings.Repeat(lookup+" ", 3) + lookup}, dialled: 3},
+		{name: "a deletion", call: "Delete", nodes: []script{{"DEL": {moved}}, nil},
+			sent: []string{deletion, deletion + " " + deletion}},
+		{name: "a creation at HSET", call: "Create",
+			nodes: []script{{"HSET": {moved}, "EXPIRE": {moved}, "EXEC": {"-EXECABORT"}}, nil},
+			sent:  []string{creation, creation + " " + creation}},
+		{name: "a creation at EXEC", call: "Create", nodes: []script{{"EXEC": {moved}}, nil},
+			sent: []string{creation, creation + " " + creation}},
+		{name: "a creation while its slot moves", call: "Create",
+			nodes: []script{{"HSET": {ask}, "EXPIRE": {ask}, "EXEC": {"-EXECABORT"}}, nil},
+			sent:  []string{creation + " " + creation, "ASKING " + creation}},
+
+		{name: "no right to ASKING", call: "Get", want: errRefused, nodes: []script{get(ask), {"ASKING": {"-NOPERM"}}},
+			sent: []string{lookup + " " + lookup, "ASKING " + lookup}},
+		{name: "nowhere", call: "Get", want: errRefused, nodes: []script{get("-MOVED")}, sent: []string{lookup + " " + lookup}},
+		{name: "no slot", call: "Get", want: errRefused, nodes: []script{get("-MOVED #1"), nil},
+			sent: []string{lookup + " " + lookup, ""}},
+		{name: "a slot that is no number", call: "Get", want: errRefused, nodes: []script{get("-MOVED x #1"), nil},
+			sent: []string{lookup + " " + lookup, ""}},
+		{name: "no port", call: "Get", want: errRefused, nodes: []script{get("-ASK SLOT localhost"), nil},
+			sent: []string{lookup + " " + lookup, ""}},
+		{name: "keys on the way", call: "Get", want: errRefused, nodes: []script{get("-TRYAGAIN")}, sent: []string{lookup + " " + lookup}},
+		{name: "no slots", call: "Delete", want: errRefused, nodes: []script{{"DEL": {"-CLUSTERDOWN"}}},
+			sent: []string{deletion + " " + deletion}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			id := newUUID()
+			nodes := fakeCluster(t, sessionKey(id), tt.nodes...)
+			store := openRedisSessions(t, nodes[0].url())
+			call := storeCalls[tt.call]
+			if err := call(store, id); !errors.Is(err, tt.want) {
+				t.Errorf("%s: %v, want %v", tt.call, err, tt.want)
+			}
+			if err := call(store, id); err != nil {
+				t.Errorf("%s again: %v", tt.call, err)
+			}
+			for i, node := range nodes {
+				if got := node.commands(); got != tt.sent[i] {
+					t.Errorf("node %d was sent %s, want %s", i, got, tt.sent[i])
+				}
+			}
+			if n, _ := nodes[0].connections(); n != max(tt.dialled, 1) {
+				t.Errorf("%d connections to the first node, want %d", n, max(tt.dialled, 1))
+			}
+		})
+	}
+}
+
+// The race detector sees what is read into one lookup from two connections.
+func TestALookupThatMovesToAnotherConnectionIsReadFromThatAlone(t *testing.T) {
+	t.Parallel()
+	first, second := newUUID(), newUUID()
+	var node *fakeRedis
+	moved := func(id string) string { return fmt.Sprintf("-MOVED %d %s\r\n", slotOf(sessionKey(id)), node.addr) }
+	held := "" // the replies to the first lookup, until the second one has come
+	commands := 0
+	node = startFakeRedis(t, func(command []string) string {
+		switch commands++; commands {
+		case 1:
+			held = moved(first) // to itself, which ends the connection
+			return ""
+		case 2:
+			held += plainReply(command)
+			return ""
+		case 3:
+			return held + "*2\r\n$2\r\nid\r\n$44\r\nsession:"
+		case 4:
+			return ""
+		}
+		return plainReply(command)
+	})
+	entry := startFakeRedis(t, func(command []string) string {
+		if id, isSession := strings.CutPrefix(command[1], sessionKey("")); isSession {
+			return moved(id)
+		}
+		return plainReply(command)
+	})
+	store := openRedisSessions(t, entry.url())
+	lookUp := func(id string) {
+		if user, err := store.Get(t.Context(), id); err != nil || user.ID != sessionKey(id) {
+			t.Errorf("Get %s: %v, %v", id, user, err)
+		}
+	}
+	var lookups sync.WaitGroup
+	lookups.Go(func() { lookUp(first) })
+	eventually(t, 10*time.Second, "the first lookup is sent", func() bool { return node.seen("ECHO") == 1 })
+	lookups.Go(func() { lookUp(second) })
+	lookups.Wait()
+}
+
+// redisCluster is a real one: three primaries, which share the slots, and perhaps a replica of each.
+type redisCluster struct {
+	host      *redisHost
+	primaries []*redisServer
+	replicas  []*redisServer
+}
+
+const leastLogin = "svc:s3cr%3At%2F%40@" // of a user with all that the contract asks for, and nothing else
+
+func leastRights(more ...string) []string {
+	return append([]string{"--user", "svc", "on", ">s3cr:t/@", "~session:*",
+		"+hset", "+expire", "+hgetall", "+del", "+multi", "+exec", "+echo"}, more...)
+}
+
+func startCluster(t testing.TB, options ...string) *redisCluster {
+	t.Helper()
+	c := &redisCluster{host: ownRedisHost(t)}
+	create := []string{"redis-cli", "--cluster-yes", "--cluster-replicas", "1", "--cluster", "create"}
+	for i := range 6 {
+		bus := c.host.port()
+		node := c.host.start(t, slices.Concat([]string{"--cluster-enabled", "yes", "--cluster-port", bus,
+			"--cluster-config-file", bus + ".nodes"}, options, leastRights("+asking"))...)
+		create = append(create, node.addr())
+		if i < 3 {
+			c.primaries = append(c.primaries, node)
+		} else {
+			c.replicas = append(c.replicas, node)
+		}
+	}
+	if out, err := c.host.command(create...).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for _, node := range slices.Concat(c.primaries, c.replicas) {
+		eventually(t, 30*time.Second, "the cluster serves", func() bool {
+			info, _ := redis.String(node.do(t, "CLUSTER", "INFO"), nil)
+			replication, _ := redis.String(node.do(t, "INFO", "replication"), nil)
+			return strings.Contains(info, "cluster_state:ok") && !strings.Contains(replication, "master_link_status:down")
+		})
+	}
+	return c
+}
+
+// nodeID returns a node's name within the cluster.
+func (r *redisServer) nodeID(t testing.TB) string {
+	t.Helper()
+	id, err := redis.String(r.do(t, "CLUSTER", "MYID"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+// has tells whether the server answers for a session, and holds it.
+func (r *redisServer) has(id string) bool {
+	c, err := redis.Dial("tcp", r.addr(), redis.DialReadTimeout(time.Second), redis.DialConnectTimeout(time.Second))
+	if err != nil {
+		return false
+	}
+	defer c.Close()
+	n, err := redis.Int(c.Do("EXISTS", sessionKey(id)))
+	return err == nil && n == 1
+}
+
+// asked returns how often the cluster was sent ASKING.
+func (c *redisCluster) asked(t testing.TB) (n int) {
+	t.Helper()
+	calls := regexp.MustCompile(`cmdstat_asking:calls=(\d+)`)
+	for _, node := range c.primaries {
+		stats, _ := redis.String(node.do(t, "INFO", "commandstats"), nil)
+		if found := calls.FindStringSubmatch(stats); found != nil {
+			calls, _ := strconv.Atoi(found[1])
+			n += calls
+		}
+	}
+	return n
+}
+
+func TestAClusterServesAsItIs(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	addr := c.primaries[2].addr()
+	for name, url := range map[string]string{
+		"a primary":                      "redis://" + addr,
+		"a replica":                      c.replicas[1].url(),
+		"several, the first one is dead": "redis://127.0.0.1:" + freePort() + "," + addr,
+		"a user with the least rights":   "redis://" + leastLogin + addr,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := start(t, "REDIS_URL="+url)
+			s.secret("s3cr")
+			user, id := s.register(newEmail())
+			for range 30 { // some on each node
+				next := s.signIn(user.Email, cookie(id))
+				s.want(401, id)
+				s.want(200, next)
+				id = next
+			}
+			if status := s.status("GET", "/healthz", ""); status != 200 {
+				t.Errorf("GET /healthz: status %d, want 200", status)
+			}
+			if status := s.status("DELETE", "/user/session", "", cookie(id)); status != 204 {
+				t.Errorf("DELETE /user/session: status %d, want 204", status)
+			}
+			s.want(401, id)
+			if n := len(s.log.lines("Redis is a cluster")); n != 1 {
+				t.Errorf("%d lines in the log say that Redis is a cluster, want 1:\n%s", n, s.log)
+			}
+		})
+	}
+	t.Run("a slot is redirected once", func(t *testing.T) {
+		t.Parallel()
+		store := openRedisSessions(t, "redis://"+addr)
+		slots := map[int]bool{}
+		user := testUser(1)
+		var ids []string
+		for i := range 1000 {
+			id := newUUID()
+			key := sessionKey(id)
+			ids = append(ids, id)
+			slots[slotOf(key)] = true
+			if want := c.primaries[0].do(t, "CLUSTER", "KEYSLOT", key); i < 20 && want != any(int64(slotOf(key))) {
+				t.Errorf("%s: slot %d, want %d", key, slotOf(key), want)
+			}
+			if err := store.Create(t.Context(), id, user, time.Hour); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, id := range ids {
+			if got, err := store.Get(t.Context(), id); got != user || err != nil {
+				t.Errorf("Get: %v, %v, want %v", got, err, user)
+			}
+			if err := store.Delete(t.Context(), id); err != nil {
+				t.Errorf("Delete: %v", err)
+			}
+		}
+		if n := store.metrics()["redis_redirections_total"]; n == 0 || n > int64(len(slots)) {
+			t.Errorf("%d redirections for %d slots", n, len(slots))
+		}
+	})
+	t.Run("a database other than 0", func(t *testing.T) {
+		t.Parallel()
+		s := start(t, "REDIS_URL=redis://"+addr+"/3")
+		s.expectErrors()
+		s.want(503, newUUID())
+		line := s.log.find(t, "store refuses")
+		if cause, _ := line["err"].(string); !strings.Contains(cause, "SELECT is not allowed in cluster mode") {
+			t.Errorf("line %v, want the cause", line)
+		}
+	})
+}
+
+// TestAClusterThatChanges has one cluster, which its parts change one after the other.
+func TestAClusterThatChanges(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t, "--cluster-node-timeout", "1000")
+	t.Run("no answer carries another's session", c.testConnectionsKilled)
+	t.Run("a slot that is half moved", c.testHalfMoved)
+	t.Run("slots that move", c.testResharding)
+	t.Run("nodes that are lost", c.testFailover)
+}
+
+func (c *redisCluster) testHalfMoved(t *testing.T) {
+	store := openRedisSessions(t, "redis://"+leastLogin+c.primaries[2].addr())
+	user := testUser(1)
+	from, to := c.primaries[0], c.primaries[1]
+	const slot = 100
+	create := func() string {
+		id := newUUID()
+		for slotOf(sessionKey(id)) != slot {
+			id = newUUID()
+		}
+		if err := store.Create(t.Context(), id, user, time.Hour); err != nil {
+			t.Errorf("Create: %v", err)
+		}
+		return id
+	}
+	var ids []string
+	for range 20 {
+		ids = append(ids, create())
+	}
+	to.do(t, "CLUSTER", "SETSLOT", slot, "IMPORTING", from.nodeID(t))
+	from.do(t, "CLUSTER", "SETSLOT", slot, "MIGRATING", to.nodeID(t))
+	for _, id := range ids[:10] {
+		from.do(t, "MIGRATE", "127.0.0.1", to.port, sessionKey(id), 0, 5000)
+	}
+	before := c.asked(t)
+	for range 5 {
+		ids = append(ids, create())
+	}
+	for i, id := range ids {
+		if got, err := store.Get(t.Context(), id); got != user || err != nil {
+			t.Errorf("Get: %v, %v, want %v", got, err, user)
+		}
+		if i%2 == 0 {
+			if err := store.Delete(t.Context(), id); err != nil {
+				t.Errorf("Delete: %v", err)
+			}
+		}
+	}
+	if n := c.asked(t) - before; n < 20 {
+		t.Errorf("ASKING was sent %d times, want 20 or more", n)
+	}
+	for _, id := range ids {
+		if from.has(id) {
+			from.do(t, "MIGRATE", "127.0.0.1", to.port, sessionKey(id), 0, 5000)
+		}
+	}
+	for _, node := range []*redisServer{to, from} {
+		node.do(t, "CLUSTER", "SETSLOT", slot, "NODE", to.nodeID(t))
+	}
+	for i, id := range ids {
+		if _, err := store.Get(t.Context(), id); i%2 == 0 && !errors.Is(err, errNoSession) || i%2 == 1 && err != nil {
+			t.Errorf("Get of session %d: %v; those with an even number have ended", i, err)
+		}
+	}
+}
+
+func (c *redisCluster) testResharding(t *testing.T) {
+	store := openRedisSessions(t, "redis://"+leastLogin+c.primaries[2].addr())
+	user := testUser(1)
+	const slots = 300 // move, from the lowest on; sessions are made in the first of them
+	create := func() (id string, err error) {
+		id = newUUID()
+		for slotOf(sessionKey(id)) > 60 {
+			id = newUUID()
+		}
+		return id, store.Create(t.Context(), id, user, time.Hour)
+	}
+	alive := func(id string) {
+		if got, err := store.Get(t.Context(), id); got != user || err != nil {
+			t.Errorf("Get: %v, %v, want %v", got, err, user)
+		}
+	}
+	var live, ended []string
+	for range 1000 {
+		id, err := create()
+		if err != nil {
+			t.Fatal(err)
+		}
+		live = append(live, id)
+	}
+	before := c.asked(t)
+	var done atomic.Bool
+	var workers sync.WaitGroup
+	for range 4 {
+		workers.Go(func() {
+			for !done.Load() {
+				alive(live[rand.N(len(live))])
+			}
+		})
+	}
+	workers.Go(func() {
+		for !done.Load() {
+			id, err := create()
+			if err != nil {
+				t.Errorf("Create: %v", err)
+			}
+			alive(id)
+			if err := store.Delete(t.Context(), id); err != nil {
+				t.Errorf("Delete: %v", err)
+			}
+			ended = append(ended, id)
+			if _, err := store.Get(t.Context(), ended[rand.N(len(ended))]); !errors.Is(err, errNoSession) {
+				t.Errorf("Get of a session that has ended: %v", err)
+			}
+		}
+	})
+	out, err := c.host.command("redis-cli", "--cluster", "reshard", c.primaries[0].addr(), "--cluster-yes",
+		"--cluster-from", c.primaries[0].nodeID(t), "--cluster-to", c.primaries[1].nodeID(t),
+		"--cluster-slots", strconv.Itoa(slots), "--cluster-pipeline", "1").CombinedOutput()
+	done.Store(true)
+	workers.Wait()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for _, id := range live {
+		alive(id)
+	}
+	for _, id := range ended {
+		if _, err := store.Get(t.Context(), id); !errors.Is(err, errNoSession) {
+			t.Errorf("Get of a session that has ended: %v", err)
+		}
+	}
+	if c.asked(t) == before || len(ended) == 0 {
+		t.Errorf("ASKING was sent %d times, and %d sessions ended meanwhile", c.asked(t)-before, len(ended))
+	}
+	t.Logf("ASKING was sent %d times, %d sessions ended meanwhile", c.asked(t)-before, len(ended))
+}
+
+func (c *redisCluster) testFailover(t *testing.T) {
+	s := start(t, "REDIS_URL="+c.primaries[0].url())
+	s.expectErrors()
+	email := newEmail()
+	s.addAccount(email, bcrypt.MinCost)
+	var ids []string
+	for range 40 {
+		ids = append(ids, s.signIn(email))
+	}
+	left := slices.Concat(c.primaries, c.replicas)
+	for _, tt := range []struct {
+		name   string
+		victim *redisServer
+		signal string
+		whole  string // whether the cluster serves only with all its slots
+	}{
+		{"killed", c.primaries[1], "KILL", "no"},
+		{"hung, and the only one in the URL", c.primaries[0], "STOP", "no"},
+		{"killed, of a cluster that wants all its slots", c.primaries[2], "KILL", "yes"},
+	} {
+		for _, node := range left {
+			node.do(t, "CONFIG", "SET", "cluster-require-full-coverage", tt.whole)
+		}
+		theirs := map[string]bool{}
+		for _, id := range ids {
+			theirs[id] = tt.victim.has(id)
+		}
+		tt.victim.do(t, "WAIT", 1, 5000)
+		tt.victim.signal(tt.signal)
+		left = slices.DeleteFunc(left, func(node *redisServer) bool { return node == tt.victim })
+		began := time.Now()
+		var served time.Time // by Redis
+		for back := false; !back; {
+			wasServed := !served.IsZero()
+			var away atomic.Int64
+			together(len(ids), func(i int) {
+				mayFail := theirs[ids[i]] || tt.whole == "yes"
+				began := time.Now()
+				status := s.status("GET", "/user", "", cookie(ids[i]))
+				if status == 503 {
+					away.Add(1)
+				}
+				if took := time.Since(began); status != 200 && (status != 503 || !mayFail) || took > 3*time.Second {
+					t.Errorf("%s: GET /user: status %d after %v, on the node that is lost: %v", tt.name, status, took, theirs[ids[i]])
+				}
+			})
+			if status := s.status("GET", "/healthz", ""); status != 200 && tt.signal == "KILL" {
+				t.Errorf("%s: GET /healthz: status %d, want 200", tt.name, status)
+			}
+			back = wasServed && away.Load() == 0
+			switch {
+			case !wasServed && onSome(left, ids):
+				served = time.Now()
+			case !wasServed && time.Since(began) > time.Minute:
+				t.Fatalf("%s: no replica has taken over", tt.name)
+			case wasServed && !back && time.Since(served) > 3*time.Second:
+				t.Fatalf("%s: not back 3 s after Redis", tt.name)
+			}
+		}
+		t.Logf("%s: Redis serves after %v, and all answers come %v later", tt.name, served.Sub(began), time.Since(served))
+		for range 10 {
+			id := s.signIn(email)
+			s.want(200, id)
+			ids = append(ids, id)
+		}
+	}
+}
+
+// onSome tells whether each session is held by one of the servers, which answers for it.
+func onSome(servers []*redisServer, ids []string) bool {
+	return !slices.ContainsFunc(ids, func(id string) bool {
+		return !slices.ContainsFunc(servers, func(server *redisServer) bool { return server.has(id) })
+	})
+}
+
+func (c *redisCluster) testConnectionsKilled(t *testing.T) {
+	s := start(t, "REDIS_URL="+c.primaries[0].url())
+	s.expectErrors()
+	store := openRedisSessions(t, c.primaries[0].url())
+	const sessions = 200
+	ids, users := make([]string, sessions), make([]User, sessions)
+	for i := range sessions {
+		ids[i], users[i] = newUUID(), testUser(i)
+		if err := store.Create(t.Context(), ids[i], users[i], time.Hour); err != nil {
+			t.Fatal(err)
+		}
+	}
+	total := int64(rounds(6_000, 100_000))
+	var asked, right, away atomic.Int64
+	together(64, func(int) {
+		for n := asked.Add(1); n <= total; n = asked.Add(1) {
+			if n%100 == 0 {
+				c.primaries[n/100%3].do(t, "CLIENT", "KILL", "TYPE", "normal")
+			}
+			i := rand.N(sessions)
+			status, body, err := s.lookUp(t.Context(), ids[i])
+			switch {
+			case status == 200 && body == userJSON(users[i]):
+				right.Add(1)
+			case status == 503:
+				away.Add(1)
+			default:
+				t.Errorf("status %d, %v: %s, want %s", status, err, body, userJSON(users[i]))
+			}
+		}
+	})
+	t.Logf("%d right, %d times 503", right.Load(), away.Load())
+	if right.Load() < total/2 {
+		t.Errorf("only %d of %d answered", right.Load(), total)
 	}
 }
 

@@ -823,21 +823,22 @@ func (p *pipeline) connected(a dialed, last bool) bool {
 	return true
 }
 
-// lost takes a connection that has ended out of use, and settles what was in flight on it.
-func (p *pipeline) lost(conn *redisConn, inFlight []*operation, culprit *operation) {
+// lost takes a connection that has ended out of use, and settles what was in flight on it. The culprit is not
+// sent again.
+func (p *pipeline) lost(conn *redisConn, culprit *operation) {
 	p.mu.Lock()
-	if p.conn == conn {
-		p.conn = nil
-	}
+	p.conn = nil
 	p.wake()
 	p.mu.Unlock()
-	for _, op := range inFlight {
-		if op == culprit || !op.again(conn.err) {
-			op.finish(conn.err)
-			continue
+	for _, f := range conn.inFlight {
+		for _, op := range f.operations {
+			if op == culprit || !op.again(conn.err) {
+				op.finish(conn.err)
+				continue
+			}
+			p.stats.retries.Add(1)
+			p.add(op)
 		}
-		p.stats.retries.Add(1)
-		p.add(op)
 	}
 }
 
@@ -854,7 +855,7 @@ func (p *pipeline) hangUp(err error) {
 	conn := p.conn
 	p.mu.Unlock()
 	if conn != nil {
-		conn.fail(err, nil)
+		conn.fail(err)
 	}
 }
 
@@ -889,7 +890,7 @@ type redisConn struct {
 
 	mu       sync.Mutex
 	inFlight []*flush // the oldest first
-	err      error    // why it ended; nothing is in flight then
+	err      error    // why it ended; nothing is sent then
 }
 
 // flush is a batch of operations that are sent together. It ends in an ECHO of a nonce: unless that comes
@@ -944,7 +945,7 @@ func (c *redisConn) send(operations []*operation) {
 	}
 	c.encoder.Send("ECHO", f.nonce)
 	if err := c.encoder.Flush(); err != nil {
-		c.fail(err, nil)
+		c.fail(err)
 	}
 }
 
@@ -967,26 +968,15 @@ func (c *redisConn) begin(f *flush) bool {
 
 // receive reads the replies to what was sent, flush after flush, until the connection ends. It reads when
 // nothing is in flight, too, so a server that hangs up is noticed at once.
+//
+// Nobody else settles what was in flight. While receive reads into an operation, another connection must not.
 func (c *redisConn) receive() {
-	for {
-		c.replies.kind()
-		f := c.oldest()
-		if f == nil {
-			c.replies.fail(errOutOfStep) // a reply that nobody has asked for
-		}
-		if c.replies.err != nil {
-			c.fail(c.replies.err, nil)
-			return
-		}
-		if culprit := c.receiveFlush(f); c.replies.err != nil {
-			c.fail(c.replies.err, culprit)
-			return
-		}
-		if !c.end(f) {
-			return // fail has settled each operation
-		}
-		c.deliver(f)
+	var culprit *operation
+	for c.replies.err == nil {
+		culprit = c.receiveFlush()
 	}
+	c.fail(c.replies.err)
+	c.pipeline.lost(c, culprit)
 }
 
 // oldest returns the flush whose replies come next, nil if nothing is in flight.
@@ -999,9 +989,15 @@ func (c *redisConn) oldest() *flush {
 	return c.inFlight[0]
 }
 
-// receiveFlush reads the replies to a flush and its proof. After an error of c.replies they are worth
-// nothing, and the culprit is the operation with a malformed reply or one too large.
-func (c *redisConn) receiveFlush(f *flush) (culprit *operation) {
+// receiveFlush waits for the replies to a flush and its proof, and delivers them. After an error of c.replies
+// they are worth nothing, and the culprit is the operation with a malformed reply or one too large.
+func (c *redisConn) receiveFlush() (culprit *operation) {
+	c.replies.kind()
+	f := c.oldest()
+	if f == nil {
+		c.replies.fail(errOutOfStep) // a reply that nobody has asked for
+		return nil
+	}
 	for i, op := range f.operations {
 		c.replies.begin()
 		op.read(&c.replies)
@@ -1017,15 +1013,21 @@ func (c *redisConn) receiveFlush(f *flush) (culprit *operation) {
 	} else if proof != f.nonce {
 		c.replies.fail(errOutOfStep)
 	}
+	if c.replies.err == nil {
+		c.replies.fail(c.end())
+	}
+	if c.replies.err == nil {
+		c.deliver(f)
+	}
 	return nil
 }
 
-// end takes the oldest flush out of flight. It is false when the connection has ended.
-func (c *redisConn) end(f *flush) bool {
+// end takes the oldest flush out of flight, unless the connection has ended.
+func (c *redisConn) end() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.err != nil {
-		return false
+		return c.err
 	}
 	c.inFlight = c.inFlight[1:]
 	var deadline time.Time // none
@@ -1033,7 +1035,7 @@ func (c *redisConn) end(f *flush) bool {
 		deadline = c.inFlight[0].deadline
 	}
 	c.socket.SetReadDeadline(deadline)
-	return true
+	return nil
 }
 
 // deliver finishes the operations of a flush that is proved. After a failover what was the primary takes no
@@ -1049,27 +1051,18 @@ func (c *redisConn) deliver(f *flush) {
 		}
 	}
 	if readOnly && time.Since(c.since) > minAge {
-		c.fail(errNoPrimary, nil)
+		c.fail(errNoPrimary)
 	}
 }
 
-// fail ends the connection. Every connection ends here, and the first error wins. The culprit is not sent
-// again.
-func (c *redisConn) fail(err error, culprit *operation) {
+// fail ends the connection. Every connection ends here, and the first error wins.
+func (c *redisConn) fail(err error) {
 	c.mu.Lock()
-	if c.err != nil {
-		c.mu.Unlock()
-		return
+	defer c.mu.Unlock()
+	if c.err == nil {
+		c.err = fmt.Errorf("%s: %w", c.server, err)
+		closeNow(c.socket)
 	}
-	c.err = fmt.Errorf("%s: %w", c.server, err)
-	var inFlight []*operation
-	for _, f := range c.inFlight {
-		inFlight = append(inFlight, f.operations...)
-	}
-	c.inFlight = nil
-	c.mu.Unlock()
-	closeNow(c.socket)
-	c.pipeline.lost(c, inFlight, culprit)
 }
 
 // ask sends a command and has its reply read, while the connection is made and nothing else is on its way.
@@ -1149,7 +1142,7 @@ func (r *replyReader) line(kind byte) []byte {
 		err = errReplySize
 	}
 	text, whole := bytes.CutSuffix(line, []byte("\r\n"))
-	if err == nil && (!whole || len(text) == 0 || text[0] != kind && text[0] != '-') {
+	if err == nil && (!whole || len(text) < 2 || text[0] != kind && text[0] != '-') {
 		err = errReplyShape
 	}
 	r.fail(err)
@@ -1174,15 +1167,15 @@ func (r *replyReader) spend(n int) bool {
 	return r.err == nil
 }
 
-// number reads an integer (':'), or the number that begins an array ('*') or a bulk string ('$'). Null, a
-// refusal and an error of the stream are -1.
+// number reads an integer (':'), none of which is negative here, or the number that begins an array ('*') or a
+// bulk string ('$'). Null, a refusal and an error of the stream are -1.
 func (r *replyReader) number(kind byte) int {
 	line := r.line(kind)
 	if line == nil {
 		return -1
 	}
 	n, err := strconv.Atoi(string(line))
-	if err != nil || n < -1 {
+	if err != nil || n < -1 || n == -1 && kind == ':' {
 		r.fail(errReplyShape)
 		return -1
 	}
