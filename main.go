@@ -345,9 +345,12 @@ func trySession(ctx context.Context, sessions SessionStore, log *slog.Logger) {
 	if err == nil {
 		err = sessions.Delete(ctx, id)
 	}
-	if errors.Is(err, errRefused) {
+	switch {
+	case err == nil, errors.Is(err, errNoSession): // the first of two Deletes may have deleted it
+		log.Debug("session store takes sessions")
+	case errors.Is(err, errRefused):
 		log.Error("session store refuses a trial session, answering 503 to what it refuses", "err", err)
-	} else if err != nil && !errors.Is(err, errNoSession) { // the first of two Deletes may have deleted it
+	default:
 		log.Error("session store out of reach, answering 503 until it is back", "err", err)
 	}
 }
