@@ -558,8 +558,8 @@ func environ(t testing.TB, vars []string) map[string]string {
 }
 
 // start runs the service within the test, and at its end stops it and looks through its log. bcrypt has its
-// lowest cost, which no configuration allows, unless the variables set one: the race detector makes bcrypt ten
-// times slower.
+// lowest cost, which no configuration allows, unless the variables set one: the race detector makes bcrypt
+// ten times slower.
 func start(t testing.TB, vars ...string) *service {
 	t.Helper()
 	return startWith(t, func(*config) {}, vars...)
@@ -777,7 +777,8 @@ func checkReply(t testing.TB, what string, a *reply) {
 		fail("content type is not %q", contentType)
 	}
 	for _, internal := range []string{
-		"$2a$", "$2b$", "hash", "sqlite", "SQL", "redis", "dial", "goroutine", ".go:", "context", "EOF", "127.0.0.1",
+		"$2a$", "$2b$", "hash", "sqlite", "SQL", "redis", "dial", "goroutine", ".go:", "context", "EOF",
+		"127.0.0.1",
 	} {
 		if strings.Contains(a.body, internal) {
 			fail("tells %q", internal)
@@ -1109,35 +1110,36 @@ func (w writerFunc) Write(p []byte) (int, error) { return w(p) }
 func TestWrongConfigurationIsRefused(t *testing.T) {
 	var first []string // wrong value of each row
 	for _, tt := range []struct {
-		name    string
-		allowed string // both are in the message
-		wrong   string // "": the value
-		values  []string
+		name   string
+		want   string // what is allowed; it is in the message, and so is what is wrong
+		wrong  string // "": the value
+		values []string
 	}{
-		{name: "ADDR", allowed: "host:port", values: []string{"8080", ":http-alt", ":65536"}},
-		{name: "PORT", allowed: "1 to 65535", values: []string{"0", "65536", ":3000"}},
-		{name: "DB_PATH", allowed: "path of a file", values: []string{":memory:", "file:x?mode=memory"}},
-		{name: "SESSION_TTL", allowed: "whole seconds, 1s or more", values: []string{"7d", "1500ms", "0s", "-1h"}},
-		{name: "BCRYPT_COST", allowed: "10 to 15", values: []string{"9", "16", "twelve"}},
-		{name: "COOKIE_SECURE", allowed: "true or false", values: []string{"yes"}},
-		{name: "DEBUG_ADDR", allowed: "host:port", values: []string{"6060"}},
-		{name: "SHUTDOWN_DELAY", allowed: "0s to 60s", values: []string{"61s", "-1s", "5"}},
-		{name: "LOG_LEVEL", allowed: "debug, info, warn or error", values: []string{"verbose", "INFO"}},
-		{name: "TRUSTED_PROXIES", allowed: "such as 10.0.0.0/8", values: []string{"10.0.0.1"}},
-		{name: "TRUSTED_PROXIES", allowed: "10.0.0.0/8", wrong: `"proxy"`, values: []string{"10.0.0.0/8,proxy"}},
-		{name: "TRUSTED_PROXIES", allowed: "as IPv4 or IPv6", values: []string{"::ffff:0.0.0.0/90"}},
-		{name: "REDIS_URL", allowed: "redis://[", wrong: "scheme", values: []string{"s3cret:6379", "http://s3cret:1"}},
-		{name: "REDIS_URL", allowed: "redis://[", wrong: "no such URL", values: []string{"redis://s3cret st:6379"}},
-		{name: "REDIS_URL", allowed: "redis://[", wrong: "login", values: []string{"redis://s3cret@h"}},
-		{name: "REDIS_URL", allowed: "]/primary", wrong: "primary", values: []string{"redis-sentinel://:s3cret@a/"}},
+		{name: "ADDR", want: "host:port", values: []string{"8080", ":http-alt", ":65536"}},
+		{name: "PORT", want: "1 to 65535", values: []string{"0", "65536", ":3000"}},
+		{name: "DB_PATH", want: "path of a file", values: []string{":memory:", "file:x?mode=memory"}},
+		{name: "SESSION_TTL", want: "whole seconds, 1s or", values: []string{"7d", "1500ms", "0s", "-1h"}},
+		{name: "BCRYPT_COST", want: "10 to 15", values: []string{"9", "16", "twelve"}},
+		{name: "COOKIE_SECURE", want: "true or false", values: []string{"yes"}},
+		{name: "DEBUG_ADDR", want: "host:port", values: []string{"6060"}},
+		{name: "SHUTDOWN_DELAY", want: "0s to 60s", values: []string{"61s", "-1s", "5"}},
+		{name: "LOG_LEVEL", want: "debug, info, warn or error", values: []string{"verbose", "INFO"}},
+		{name: "TRUSTED_PROXIES", want: "such as 10.0.0.0/8", values: []string{"10.0.0.1"}},
+		{name: "TRUSTED_PROXIES", want: "10.0.0.0/8", wrong: `"proxy"`, values: []string{"10.0.0.0/8,proxy"}},
+		{name: "TRUSTED_PROXIES", want: "as IPv4 or IPv6", values: []string{"::ffff:0.0.0.0/90"}},
+		{name: "REDIS_URL", want: "redis://[", wrong: "scheme", values: []string{"s3c:6379", "http://s3c:1"}},
+		{name: "REDIS_URL", want: "redis://[", wrong: "no such URL", values: []string{"redis://s3c st:6379"}},
+		{name: "REDIS_URL", want: "redis://[", wrong: "login", values: []string{"redis://s3c@h"}},
+		{name: "REDIS_URL", want: "]/primary", wrong: "primary", values: []string{"redis-sentinel://:s3c@a/"}},
 	} {
 		for _, value := range tt.values {
 			wrong := cmp.Or(tt.wrong, fmt.Sprintf("%q", value))
 			status, _, message := runWith(t, nil, tt.name+"="+value)
-			if status != 2 || !strings.HasPrefix(message, tt.name+": ") || strings.Count(message, "\n") != 1 ||
-				!strings.Contains(message, tt.allowed) || !strings.Contains(message, wrong) {
+			if status != 2 || strings.Count(message, "\n") != 1 ||
+				!strings.HasPrefix(message, tt.name+": ") ||
+				!strings.Contains(message, tt.want) || !strings.Contains(message, wrong) {
 				t.Errorf("%s=%s: exit status %d, want 2, %q and %q in: %s",
-					tt.name, value, status, tt.allowed, wrong, message)
+					tt.name, value, status, tt.want, wrong, message)
 			}
 			if strings.Contains(message, "s3c") {
 				t.Errorf("%s=%s: the message tells some of it: %s", tt.name, value, message)
@@ -1182,24 +1184,38 @@ func TestWhatNobodySeesInAValueIsRefused(t *testing.T) {
 }
 
 func TestConfiguration(t *testing.T) {
-	for vars, want := range map[string]string{
-		"ADDR=,DB_PATH=,PORT=,SESSION_TTL=,BCRYPT_COST=,COOKIE_SECURE=,TRUSTED_PROXIES=,DEBUG_ADDR=,SHUTDOWN_DELAY=,LOG_LEVEL=": "" +
-			"[:8080 users.db <nil> 168h0m0s 12 true []  0s INFO]",
-		"ADDR=:0,DB_PATH=x,REDIS_URL=redis://h,SESSION_TTL=1s,BCRYPT_COST=10,TRUSTED_PROXIES=::/0,LOG_LEVEL=debug": "" +
-			"[:0 x redis://h:6379/0 1s 10 true [::/0]  0s DEBUG]",
-		"ADDR=[::1]:65535,DB_PATH=/my users?#%.db,SESSION_TTL=87600h,BCRYPT_COST=15,DEBUG_ADDR=:6060,COOKIE_SECURE=false": "" +
-			"[[::1]:65535 /my users?#%.db <nil> 87600h0m0s 15 false [] :6060 0s INFO]",
-		"ADDR=,DB_PATH=x,PORT=65535,LOG_LEVEL=warn,TRUSTED_PROXIES=::ffff:10.0.0.0/104,SHUTDOWN_DELAY=60s": "" +
-			"[:65535 x <nil> 168h0m0s 12 true [10.0.0.0/8]  1m0s WARN]",
-		"ADDR=h:1,DB_PATH=x,PORT=3000,LOG_LEVEL=error,SHUTDOWN_DELAY=1500ms": "" +
-			"[h:1 x <nil> 168h0m0s 12 true []  1.5s ERROR]",
+	for _, tt := range []struct{ vars, want string }{
+		{
+			vars: "ADDR=,DB_PATH=,PORT=,SESSION_TTL=,BCRYPT_COST=,COOKIE_SECURE=,TRUSTED_PROXIES=," +
+				"DEBUG_ADDR=,SHUTDOWN_DELAY=,LOG_LEVEL=",
+			want: "[:8080 users.db <nil> 168h0m0s 12 true []  0s INFO]",
+		},
+		{
+			vars: "ADDR=:0,DB_PATH=x,REDIS_URL=redis://h,SESSION_TTL=1s,BCRYPT_COST=10," +
+				"TRUSTED_PROXIES=::/0,LOG_LEVEL=debug",
+			want: "[:0 x redis://h:6379/0 1s 10 true [::/0]  0s DEBUG]",
+		},
+		{
+			vars: "ADDR=[::1]:65535,DB_PATH=/my users?#%.db,SESSION_TTL=87600h,BCRYPT_COST=15," +
+				"DEBUG_ADDR=:6060,COOKIE_SECURE=false",
+			want: "[[::1]:65535 /my users?#%.db <nil> 87600h0m0s 15 false [] :6060 0s INFO]",
+		},
+		{
+			vars: "ADDR=,DB_PATH=x,PORT=65535,LOG_LEVEL=warn,TRUSTED_PROXIES=::ffff:10.0.0.0/104," +
+				"SHUTDOWN_DELAY=60s",
+			want: "[:65535 x <nil> 168h0m0s 12 true [10.0.0.0/8]  1m0s WARN]",
+		},
+		{
+			vars: "ADDR=h:1,DB_PATH=x,PORT=3000,LOG_LEVEL=error,SHUTDOWN_DELAY=1500ms",
+			want: "[h:1 x <nil> 168h0m0s 12 true []  1.5s ERROR]",
+		},
 	} {
-		env := environ(t, strings.Split(vars, ","))
+		env := environ(t, strings.Split(tt.vars, ","))
 		c, err := loadConfig(func(name string) string { return env[name] })
 		got := fmt.Sprint([]any{c.addr, c.dbPath, c.redis, c.server.sessionTTL, c.server.bcryptCost,
 			c.server.cookieSecure, c.server.trustedProxies, c.debugAddr, c.stopDelay, c.logLevel})
-		if err != nil || got != want {
-			t.Errorf("%s: %v, got %s, want %s", vars, err, got, want)
+		if err != nil || got != tt.want {
+			t.Errorf("%s: %v, got %s, want %s", tt.vars, err, got, tt.want)
 		}
 	}
 }
@@ -1210,6 +1226,7 @@ func TestExitStatus(t *testing.T) {
 	_, port, _ := net.SplitHostPort(well)
 	unwell := start(t, "REDIS_URL=redis://127.0.0.1:"+freePort())
 	unwell.expectErrors()
+	unwellAddr := strings.TrimPrefix(unwell.url, "http://")
 	silent, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -1232,7 +1249,7 @@ func TestExitStatus(t *testing.T) {
 		{args: "-healthcheck", vars: "ADDR=:" + port},
 		{args: "-healthcheck", vars: "ADDR=0.0.0.0:" + port},
 		{args: "-healthcheck", vars: "ADDR=,PORT=" + port},
-		{args: "-healthcheck", vars: "ADDR=" + strings.TrimPrefix(unwell.url, "http://"), status: 1, stderr: "503"},
+		{args: "-healthcheck", vars: "ADDR=" + unwellAddr, status: 1, stderr: "503"},
 		{args: "-healthcheck", vars: "ADDR=" + silent.Addr().String(), status: 1, stderr: "exceeded"},
 		{args: "-healthcheck", vars: "ADDR=127.0.0.1:" + freePort(), status: 1, stderr: "refused"},
 		{args: "-healthcheck", vars: "ADDR=[fe80::1%none]:" + freePort(), status: 1, stderr: "dial"},
@@ -1250,8 +1267,9 @@ func TestExitStatus(t *testing.T) {
 			}
 			stderr = line.Err
 		}
-		if status != tt.status || !strings.Contains(stdout, tt.stdout) || !strings.Contains(stderr, tt.stderr) ||
-			(stdout == "") != (tt.stdout == "") || (stderr == "") != (tt.stderr == "") {
+		if status != tt.status ||
+			!strings.Contains(stdout, tt.stdout) || (stdout == "") != (tt.stdout == "") ||
+			!strings.Contains(stderr, tt.stderr) || (stderr == "") != (tt.stderr == "") {
 			t.Errorf("%+v: exit status %d, stdout %s, stderr %s", tt, status, stdout, stderr)
 		}
 	}
@@ -1259,7 +1277,11 @@ func TestExitStatus(t *testing.T) {
 
 func TestLogLevels(t *testing.T) {
 	t.Parallel()
-	for name, want := range map[string]string{"info": "INFO WARN ERROR", "warn": "WARN ERROR", "error": "ERROR"} {
+	for name, want := range map[string]string{
+		"info":  "INFO WARN ERROR",
+		"warn":  "WARN ERROR",
+		"error": "ERROR",
+	} {
 		status, _, log := runWith(t, nil, "LOG_LEVEL="+name, "COOKIE_SECURE=false",
 			"REDIS_URL=redis://127.0.0.1:"+freePort())
 		for _, level := range []string{"INFO", "WARN", "ERROR"} {
@@ -1295,7 +1317,8 @@ func TestStartSaysWhatIsInUse(t *testing.T) {
 	s.expectErrors()
 	s.secret("wr0ng", "svc")
 	line := s.log.find(t, "listening")
-	if line["accounts"] != s.dbPath || line["sessions"] != "redis://"+target || line["version"] != buildVersion() {
+	if line["accounts"] != s.dbPath || line["sessions"] != "redis://"+target ||
+		line["version"] != buildVersion() {
 		t.Errorf("got %v, want sessions in %s", line, target)
 	}
 	s.log.find(t, "COOKIE_SECURE=false: session cookies travel over plain HTTP, "+
@@ -1475,7 +1498,10 @@ func TestTheStartTriesASessionAndLeavesNone(t *testing.T) {
 	const refused = "session store refuses a trial session, answering 503 to what it refuses"
 	const away = "session store out of reach, answering 503 until it is back"
 	for _, method := range []string{"Create", "Get", "Delete"} {
-		for cause, want := range map[error]string{&refusedError{"redis:6379", "NOPERM"}: refused, errUnavailable: away} {
+		for cause, want := range map[error]string{
+			&refusedError{"redis:6379", "NOPERM"}: refused,
+			errUnavailable:                        away,
+		} {
 			sessions := newFailingSessions(failing(method, cause))
 			log := &logBuffer{}
 			trySession(t.Context(), sessions, slog.New(slog.NewJSONHandler(log, nil)))
@@ -1579,7 +1605,8 @@ func TestDebugAddressIsTheOnlyOneThatServesDebug(t *testing.T) {
 func TestEachServiceOfAProcessHasItsDebugAddressUntilItEnds(t *testing.T) {
 	t.Parallel()
 	vars := func(s *service) (text string, err error) {
-		resp, err := s.client.Get("http://" + s.log.find(t, "debug listening")["addr"].(string) + "/debug/vars")
+		addr := s.log.find(t, "debug listening")["addr"].(string)
+		resp, err := s.client.Get("http://" + addr + "/debug/vars")
 		if err != nil {
 			return "", err
 		}
@@ -1620,7 +1647,8 @@ func (s *service) dialRaw() net.Conn {
 
 // httpText is a request as it is sent.
 func httpText(route, body string, header ...string) string {
-	header = append(header, "Host: x", "Content-Type: application/json", fmt.Sprint("Content-Length: ", len(body)))
+	header = append(header, "Host: x", "Content-Type: application/json",
+		"Content-Length: "+strconv.Itoa(len(body)))
 	return route + " HTTP/1.1\r\n" + strings.Join(header, "\r\n") + "\r\n\r\n" + body
 }
 
@@ -1680,7 +1708,8 @@ func TestTheStopIsSeenBeforeTheDoorShuts(t *testing.T) {
 		io.WriteString(conn, httpText("GET "+route, "", cookie(id)))
 		a := readHTTP(t, "GET "+route, bufio.NewReader(conn))
 		if a.status != want || a.header.Get("Connection") != "close" {
-			t.Errorf("GET %s on a new connection: status %d, %v, want %d and the last", route, a.status, a.header, want)
+			t.Errorf("GET %s on a new connection: status %d, %v, want %d and the last",
+				route, a.status, a.header, want)
 		}
 	}
 	stopping.Wait()
@@ -1947,7 +1976,8 @@ func TestRequestsAreAnsweredInOrderHoweverTheyArrive(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dial := servePipes(t, testServer(openTestDatabase(t), newMapSessions(), io.Discard))
 		text := httpText("GET /"+strings.Repeat("x", 4100), "") + httpText("GET /healthz", "") +
-			httpText("POST /user/signin", "{}") + httpText("GET /user", "") + httpText("DELETE /user/session", "")
+			httpText("POST /user/signin", "{}") + httpText("GET /user", "") +
+			httpText("DELETE /user/session", "")
 		for split := 4090; split < len(text); split++ { // net/http's buffer has 4,096 bytes
 			conn := dial()
 			go func() {
@@ -5007,7 +5037,8 @@ func TestConnectionsThatDiedIdleAreNotNoticed(t *testing.T) {
 	t.Parallel()
 	r := ownRedis(t)
 	p := startProxy(t, r.addr(), 0)
-	s := start(t, "REDIS_URL="+p.url())
+	s := start(t, "REDIS_URL="+p.url(), "LOG_LEVEL=debug")
+	s.log.find(t, "session store takes sessions") // of the trial session
 	user, id := s.register(newEmail())
 	for range 20 {
 		p.cut()
