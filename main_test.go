@@ -6337,16 +6337,8 @@ func TestClientsThatMisbehave(t *testing.T) {
 	t.Parallel()
 	s := start(t)
 	_, id := s.register(newEmail())
-	dial := func() net.Conn {
-		c, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { c.Close() })
-		return c
-	}
 	for range 2000 { // that are idle
-		dial()
+		s.dialRaw()
 	}
 	s.want(200, id)
 	const (
@@ -6372,8 +6364,7 @@ func TestClientsThatMisbehave(t *testing.T) {
 		{post + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get + "\r\n", []int{400, 501}},
 		{post + "Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", []int{400, 501}},
 	} {
-		c := dial()
-		c.SetDeadline(time.Now().Add(20 * time.Second))
+		c := s.dialRaw()
 		go io.WriteString(c, tt.text)
 		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
 		if err != nil {
@@ -6385,11 +6376,11 @@ func TestClientsThatMisbehave(t *testing.T) {
 	body := credentials(newEmail(), password)
 	request := fmt.Sprintf("%sContent-Length: %d\r\n\r\n%s", post, len(body), body)
 	for n := range len(request) + 20 { // gone at every stage, the last ones before their answer
-		c := dial()
+		c := s.dialRaw()
 		io.WriteString(c, request[:min(n, len(request))])
 		c.Close()
 	}
-	c := dial() // one that does not read
+	c := s.dialRaw() // one that does not read
 	var err error
 	for err == nil { // until the service can write no more answers, and so reads no more
 		c.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
