@@ -418,24 +418,28 @@ func (p *proxy) serve(client net.Conn, target string) {
 	defer sent.Wait()
 	defer close(replies)
 	in := bufio.NewReader(server)
-	for {
-		reply, err := readReply(in)
-		if err != nil {
-			return
-		}
-		p.mu.Lock()
-		f := p.fault
-		p.mu.Unlock()
-		if f != nil {
-			reply, err = f(reply)
-		}
+	for err == nil {
+		var reply []byte
+		reply, err = p.receive(in)
 		if len(reply) > 0 {
 			replies <- delayed{time.Now().Add(p.delay), reply}
 		}
-		if err != nil {
-			return
-		}
 	}
+}
+
+// receive returns a reply of Redis, or what the fault makes of it.
+func (p *proxy) receive(in *bufio.Reader) ([]byte, error) {
+	reply, err := readReply(in)
+	if err != nil {
+		return nil, err
+	}
+	p.mu.Lock()
+	f := p.fault
+	p.mu.Unlock()
+	if f == nil {
+		return reply, nil
+	}
+	return f(reply)
 }
 
 // readReply reads one whole reply of RESP 2.
@@ -1220,6 +1224,17 @@ func TestConfiguration(t *testing.T) {
 	}
 }
 
+// causeOfTheEnd returns the error in the one line of a log that tells why the service could not run.
+func causeOfTheEnd(t *testing.T, log string) string {
+	t.Helper()
+	var line struct{ Level, Msg, Err string }
+	err := json.Unmarshal([]byte(log), &line)
+	if err != nil || line.Level != "ERROR" || line.Msg != "cannot serve" {
+		t.Errorf("%v, stderr %s, want one line of JSON", err, log)
+	}
+	return line.Err
+}
+
 func TestExitStatus(t *testing.T) {
 	t.Parallel()
 	well := strings.TrimPrefix(start(t).url, "http://")
@@ -1259,13 +1274,8 @@ func TestExitStatus(t *testing.T) {
 		{vars: "DB_PATH=/", status: 1, stderr: `DB_PATH="/": `},
 	} {
 		status, stdout, stderr := runWith(t, strings.Fields(tt.args), strings.Split(tt.vars, ",")...)
-		if tt.args == "" { // the last line of a log
-			var line struct{ Level, Msg, Err string }
-			err := json.Unmarshal([]byte(stderr), &line)
-			if err != nil || line.Level != "ERROR" || line.Msg != "cannot serve" {
-				t.Errorf("%+v: %v, stderr %s, want one line of JSON", tt, err, stderr)
-			}
-			stderr = line.Err
+		if tt.args == "" {
+			stderr = causeOfTheEnd(t, stderr)
 		}
 		if status != tt.status ||
 			!strings.Contains(stdout, tt.stdout) || (stdout == "") != (tt.stdout == "") ||
