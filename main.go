@@ -169,14 +169,17 @@ func read[T any](env *environment, name, fallback string, parse func(string) (T,
 	return value
 }
 
-// checkText refuses what no value means and nobody sees: with the CR of an env file, DB_PATH would name
-// another file. The error tells nothing of the text, which may hold a password.
+// checkText refuses what no value means: with the CR or the quotes of an env file, DB_PATH would name another
+// file. The error tells nothing of the text, which may hold a password.
 func checkText(text string) error {
 	if strings.ContainsFunc(text, unicode.IsControl) {
 		return errors.New("it has a control character, such as a CR at its end: none is allowed")
 	}
 	if strings.TrimSpace(text) != text {
 		return errors.New("it begins or ends with white space: none is allowed there")
+	}
+	if first := text[:1]; len(text) > 1 && strings.Contains(`"'`, first) && strings.HasSuffix(text, first) {
+		return errors.New("it stands in quotes, as no shell took them off: none is allowed there")
 	}
 	return nil
 }

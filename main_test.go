@@ -1159,7 +1159,7 @@ func TestWrongConfigurationIsRefused(t *testing.T) {
 }
 
 // An env file with CRLF, or with quotes in which a space was left, must not name another file.
-func TestWhatNobodySeesInAValueIsRefused(t *testing.T) {
+func TestWhatNoValueMeansIsRefused(t *testing.T) {
 	folder := t.TempDir()
 	for name, value := range map[string]string{
 		"ADDR": ":0", "PORT": "1", "DB_PATH": folder + "/users.db", "REDIS_URL": "redis://:s3cret@h",
@@ -1174,6 +1174,8 @@ func TestWhatNobodySeesInAValueIsRefused(t *testing.T) {
 			value + " ":                    "white space",
 			" " + value:                    "white space",
 			value + "\u00a0":               "white space",
+			`"` + value + `"`:              "quotes",
+			"'" + value + "'":              "quotes",
 		} {
 			status, _, message := runWith(t, nil, name+"="+text)
 			if status != 2 || !strings.HasPrefix(message, name+": ") || !strings.Contains(message, want) ||
