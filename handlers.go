@@ -1025,8 +1025,7 @@ func (r *repeats) flush() {
 	}
 }
 
-// Bounds of the gate. Counts and known pairs take some 10 MB each; past their bounds some are forgotten at
-// random.
+// Bounds of the gate. Counts take up to 25 MB, known pairs 10. Past that some are forgotten at random.
 const (
 	maxQueue  = 256          // tries that wait
 	maxLine   = maxQueue / 4 // those of one network
