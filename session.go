@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"net"
 	"net/url"
 	"os"
@@ -366,7 +365,8 @@ const (
 	minAge           = time.Second            // of a connection that is ended when Redis is no primary
 	maxQueued        = 8192                   // operations that wait to be sent
 	maxReply         = 256 << 10              // bytes of an operation's replies; the original's need 200 kB
-	maxRedirections  = 5                      // of one operation in a cluster
+	slotCount        = 16384                  // of a cluster
+	maxRedirections  = 5                      // of one operation in it
 )
 
 var (
@@ -406,8 +406,9 @@ func isRefusal(err error, kind string) bool {
 // operation is a request on its way.
 type operation struct {
 	request
-	deadline time.Time // past it the operation is not sent any more
-	sends    int       // how often it may still be sent
+	deadline time.Time  // past it the operation is not sent any more
+	sends    int        // how often it may still be sent
+	conn     *redisConn // that it was sent on last
 
 	done chan struct{}
 	err  error // to be read when done is closed: nil, or an errUnavailable
@@ -439,7 +440,7 @@ type cluster struct {
 
 	mu     sync.Mutex
 	nodes  map[string]*pipeline // by host:port; empty until Redis redirects
-	slots  map[int]*pipeline    // the node of each slot that is known
+	slots  [slotCount]*pipeline // the node of each slot that is known
 	closed bool
 }
 
@@ -449,7 +450,6 @@ func newCluster(target *redisTarget, stats *redisStats, log *slog.Logger) *clust
 		stats:  stats,
 		log:    log,
 		nodes:  map[string]*pipeline{},
-		slots:  map[int]*pipeline{},
 	}
 	c.entry = newPipeline(target.String(), stats, func(ctx context.Context, attempt int) (*redisConn, error) {
 		return target.dial(ctx, c.addresses(), attempt)
@@ -493,7 +493,12 @@ func (c *cluster) redirect(from *pipeline, op *operation) (to *pipeline, ask boo
 		kind, slot, addr := parseRedirection(refusal)
 		switch kind {
 		case "MOVED":
-			return c.moved(from, slot, addr), false
+			to := c.moved(slot, addr)
+			if to == from {
+				// An address that stands for several machines: the next connection may reach the right one.
+				op.conn.fail(errors.New("sends the slot's requests to itself"))
+			}
+			return to, false
 		case "ASK":
 			return c.node(addr), true
 		}
@@ -513,7 +518,7 @@ func (c *cluster) redirect(from *pipeline, op *operation) (to *pipeline, ask boo
 func (c *cluster) nodeOf(key string) *pipeline {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.slots) == 0 {
+	if len(c.nodes) == 0 {
 		return c.entry
 	}
 	if node := c.slots[slotOf(key)]; node != nil {
@@ -522,7 +527,7 @@ func (c *cluster) nodeOf(key string) *pipeline {
 	return c.entry
 }
 
-// slotOf returns the slot of a key without braces: CRC16 (XMODEM) modulo 16384.
+// slotOf returns the slot of a key without braces: its CRC16 (XMODEM).
 func slotOf(key string) int {
 	var crc uint16
 	for i := range len(key) {
@@ -535,7 +540,7 @@ func slotOf(key string) int {
 			}
 		}
 	}
-	return int(crc % 16384)
+	return int(crc % slotCount)
 }
 
 // parseRedirection reads "MOVED 3999 127.0.0.1:6381" or "ASK …". Without a host it is the one of the server
@@ -547,7 +552,7 @@ func parseRedirection(refusal *refusedError) (kind string, slot int, addr string
 	}
 	slot, err := strconv.Atoi(words[1])
 	colon := strings.LastIndexByte(words[2], ':') // an IPv6 address has no brackets here
-	if err != nil || colon < 0 {
+	if err != nil || slot < 0 || slot >= slotCount || colon < 0 {
 		return "", 0, ""
 	}
 	host := words[2][:colon]
@@ -558,15 +563,11 @@ func parseRedirection(refusal *refusedError) (kind string, slot int, addr string
 }
 
 // moved notes the node of a slot, as another node told it, and returns it.
-func (c *cluster) moved(from *pipeline, slot int, addr string) *pipeline {
+func (c *cluster) moved(slot int, addr string) *pipeline {
 	node := c.node(addr)
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.slots[slot] = node
-	c.mu.Unlock()
-	if node == from {
-		// An address that stands for several machines: the next connection may reach the right one.
-		node.hangUp(errors.New("sends the slot's requests to itself"))
-	}
 	return node
 }
 
@@ -594,7 +595,11 @@ func (c *cluster) node(addr string) *pipeline {
 func (c *cluster) forget(lost *pipeline) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	maps.DeleteFunc(c.slots, func(_ int, node *pipeline) bool { return node == lost })
+	for slot, node := range c.slots[:] {
+		if node == lost {
+			c.slots[slot] = nil
+		}
+	}
 }
 
 // addresses returns those of the entry: the ones in REDIS_URL, and then the nodes that have slots.
@@ -602,8 +607,8 @@ func (c *cluster) addresses() []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var known []string
-	for _, node := range c.slots {
-		if !slices.Contains(known, node.name) {
+	for _, node := range c.slots[:] {
+		if node != nil && !slices.Contains(known, node.name) {
 			known = append(known, node.name)
 		}
 	}
@@ -849,16 +854,6 @@ func (p *pipeline) stands() bool {
 	return p.conn != nil
 }
 
-// hangUp ends the connection, if one stands.
-func (p *pipeline) hangUp(err error) {
-	p.mu.Lock()
-	conn := p.conn
-	p.mu.Unlock()
-	if conn != nil {
-		conn.fail(err)
-	}
-}
-
 func (p *pipeline) queued() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -870,11 +865,14 @@ func (p *pipeline) close() {
 	p.stop()
 	queue := p.queue
 	p.queue = nil
+	conn := p.conn
 	p.mu.Unlock()
 	for _, op := range queue {
 		op.finish(errClosed)
 	}
-	p.hangUp(errClosed)
+	if conn != nil {
+		conn.fail(errClosed)
+	}
 }
 
 // redisConn is a connection, and what was sent on it and is not answered yet.
@@ -958,6 +956,7 @@ func (c *redisConn) begin(f *flush) bool {
 	}
 	for _, op := range f.operations {
 		op.sends--
+		op.conn = c
 	}
 	c.inFlight = append(c.inFlight, f)
 	if len(c.inFlight) == 1 {
