@@ -42,11 +42,11 @@ var schema string
 // database is the SQLite file. The original program may use the same file at the same time.
 type database struct {
 	path    string
-	opened  os.FileInfo // the file that stood at path
-	writer  *sql.DB     // one connection, as SQLite allows one writer
-	reader  *sql.DB     // several, which in WAL mode never wait for the writer
-	reading chan struct{}
-	abandon func() error
+	opened  os.FileInfo   // the file that stood at path
+	writer  *sql.DB       // one connection, as SQLite allows one writer
+	reader  *sql.DB       // several, which in WAL mode never wait for the writer
+	reading chan struct{} // an element for each read in progress
+	abandon func() error  // foldBack, once
 
 	userByEmail      *sql.Stmt
 	usersByEmailCase *sql.Stmt
@@ -62,8 +62,8 @@ type database struct {
 }
 
 // openDatabase opens the file at path and applies the schema. A missing file is created, readable to its
-// owner only. A file whose tables are another program's is left as it was, and the error names the table. When
-// ctx ends, so does the wait for other programs' locks.
+// owner only. A file whose tables are another program's is left as it was, and the error names the table.
+// When ctx ends, so does the wait for other programs' locks.
 func openDatabase(ctx context.Context, path string) (*database, error) {
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -140,8 +140,8 @@ func explain(path string, err error) error {
 		err, folder, probeErr)
 }
 
-// setUp makes the file ready, prepares all statements and opens all connections: one opened later, when
-// another file stands at the path, would read that one through the write-ahead log of the first.
+// setUp makes the file ready, prepares all statements and opens all connections. One opened later, when
+// another file stands at the path, would read that file through the write-ahead log of the first.
 func (db *database) setUp(ctx context.Context) error {
 	if err := whenFree(ctx, db.applySchema); err != nil {
 		return err
@@ -212,7 +212,7 @@ func (db *database) applySchema(ctx context.Context) error {
 	return tx.Commit()
 }
 
-// setUpError says whose the table is if its columns are the trouble, rather than a full disk, say.
+// setUpError says that the file is another program's if its tables are the trouble, and not a full disk.
 func setUpError(doing string, err error) error {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok {
 		switch e.Code() & 0xff {
@@ -368,8 +368,8 @@ func scanUser(row interface{ Scan(...any) error }) (user User, passwordHash stri
 	return user, passwordHash, nil
 }
 
-// parseColumnTime reads a time of the users table, cast to text, as Prisma does: Unix milliseconds, a fraction
-// of one cut off, or a date with or without a time. Where there is no zone it is UTC.
+// parseColumnTime reads a time of the users table, cast to text, as Prisma does: Unix milliseconds, of which
+// a fraction is cut off, or a date with or without a time and a zone.
 func parseColumnTime(text string) (string, bool) {
 	if millis, err := strconv.ParseFloat(text, 64); err == nil && math.Abs(millis) < 1<<53 {
 		return formatTime(time.UnixMilli(int64(millis)))
@@ -439,8 +439,9 @@ func (db *database) transact(ctx context.Context, do change) error {
 	return tx.Commit()
 }
 
-// outcome is how every operation ends: as storeError(doing, err), if the file at the path is still the one that
-// was opened. Otherwise it is an errUnavailable, whatever err is: nobody finds again what went into the old file.
+// outcome returns storeError(doing, err) if the file at the path is still the one that was opened. Otherwise
+// it returns an errUnavailable, whatever err is: nobody finds again what went into the old file. It stands at
+// the end of each operation, so that a file replaced meanwhile is noticed too.
 func (db *database) outcome(doing string, err error) error {
 	now, statErr := os.Stat(db.path)
 	switch {
