@@ -171,16 +171,11 @@ func (db *database) setUp(ctx context.Context) error {
 
 // whenFree repeats what other processes' locks keep from being done.
 func whenFree(ctx context.Context, do func(context.Context) error) error {
-	for deadline := time.Now().Add(setUpTimeout); ; {
+	for deadline := time.Now().Add(setUpTimeout); ; time.Sleep(20 * time.Millisecond) {
 		err := do(ctx)
 		e, ok := errors.AsType[*sqlite.Error](err)
 		if !ok || e.Code()&0xff != sqlite3.SQLITE_BUSY || time.Now().After(deadline) {
 			return err
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(20 * time.Millisecond):
 		}
 	}
 }
