@@ -480,7 +480,7 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 	known := err == nil
 	account := user.ID // whose count it is, however the email was typed
 	if errors.Is(err, errUserNotFound) {
-		account = strings.TrimSpace(email)
+		account = strings.ToLower(strings.TrimSpace(email))
 		passwordHash = dummyHash(s.cfg.bcryptCost)
 	} else if err != nil {
 		return User{}, "", err
