@@ -143,26 +143,29 @@ func explain(path string, err error) error {
 // setUp makes the file ready, prepares all statements and opens all connections. One opened later, when
 // another file stands at the path, would read that file through the write-ahead log of the first.
 func (db *database) setUp(ctx context.Context) error {
+	if _, err := db.writer.Exec(`PRAGMA busy_timeout(100)`); err != nil { // to look at ctx in between
+		return err
+	}
 	if err := whenFree(ctx, db.applySchema); err != nil {
 		return err
 	}
-	err := whenFree(ctx, func(ctx context.Context) error { // SQLite does not wait here by itself
-		_, err := db.writer.ExecContext(ctx, `PRAGMA journal_mode(WAL)`)
+	err := whenFree(ctx, func() error { // SQLite does not wait here by itself
+		_, err := db.writer.Exec(`PRAGMA journal_mode(WAL); PRAGMA busy_timeout(1500)`)
 		return err
 	})
 	if err != nil {
 		return fmt.Errorf("switching to a write-ahead log: %w", err)
 	}
-	if err := db.prepare(ctx); err != nil {
+	if err := db.prepare(); err != nil {
 		return err
 	}
 	for range cap(db.reading) {
-		conn, err := db.reader.Conn(ctx)
+		conn, err := db.reader.Conn(context.Background())
 		if err != nil {
 			return err
 		}
 		defer conn.Close()
-		if err := conn.QueryRowContext(ctx, anyUser).Scan(new(bool)); err != nil { // opens the log
+		if err := conn.QueryRowContext(context.Background(), anyUser).Scan(new(bool)); err != nil { // opens the log
 			return err
 		}
 	}
@@ -170,38 +173,41 @@ func (db *database) setUp(ctx context.Context) error {
 }
 
 // whenFree repeats what other processes' locks keep from being done.
-func whenFree(ctx context.Context, do func(context.Context) error) error {
+func whenFree(ctx context.Context, do func() error) error {
 	for deadline := time.Now().Add(setUpTimeout); ; time.Sleep(20 * time.Millisecond) {
-		err := do(ctx)
+		err := do()
 		e, ok := errors.AsType[*sqlite.Error](err)
 		if !ok || e.Code()&0xff != sqlite3.SQLITE_BUSY || time.Now().After(deadline) {
 			return err
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
 		}
 	}
 }
 
 // applySchema applies the schema and tries it out with an account and a session, in one transaction. What
 // does not take them is another program's, and stays as it was.
-func (db *database) applySchema(ctx context.Context) error {
-	tx, err := db.writer.BeginTx(ctx, nil)
+func (db *database) applySchema() error {
+	tx, err := db.writer.Begin()
 	if err != nil {
 		return err
 	}
 	defer tx.Rollback()
-	if _, err := tx.ExecContext(ctx, schema); err != nil {
+	if _, err := tx.Exec(schema); err != nil {
 		return setUpError("applying the schema to the tables users and sessions", err)
 	}
-	if _, err := tx.ExecContext(ctx, `SAVEPOINT trial`); err != nil {
+	if _, err := tx.Exec(`SAVEPOINT trial`); err != nil {
 		return err
 	}
 	id := newUUID()
-	if _, err := tx.ExecContext(ctx, insertUser, id, "trial", id, 0, 0, "trial", id); err != nil {
+	if _, err := tx.Exec(insertUser, id, "trial", id, 0, 0, "trial", id); err != nil {
 		return setUpError("adding a trial account to the table users", err)
 	}
-	if _, err := tx.ExecContext(ctx, insertSession, hashID(id), id, "trial", id, "", "", 0); err != nil {
+	if _, err := tx.Exec(insertSession, hashID(id), id, "trial", id, "", "", 0); err != nil {
 		return setUpError("adding a trial session to the table sessions", err)
 	}
-	if _, err := tx.ExecContext(ctx, `ROLLBACK TO trial`); err != nil {
+	if _, err := tx.Exec(`ROLLBACK TO trial`); err != nil {
 		return err
 	}
 	return tx.Commit()
@@ -230,7 +236,7 @@ const (
 		VALUES (?, ?, ?, ?, ?, ?, ?)`
 )
 
-func (db *database) prepare(ctx context.Context) error {
+func (db *database) prepare() error {
 	// A date that is NULL or cannot be read keeps nobody out (userTimes).
 	const user = `SELECT id, name, email, COALESCE(CAST(createdAt AS TEXT), ''),
 		COALESCE(CAST(updateAt AS TEXT), ''), password FROM users `
@@ -255,7 +261,7 @@ func (db *database) prepare(ctx context.Context) error {
 			(SELECT id_hash FROM sessions WHERE expires_at <= ? LIMIT 100)`},
 	} {
 		var err error
-		if *p.stmt, err = p.pool.PrepareContext(ctx, p.query); err != nil {
+		if *p.stmt, err = p.pool.Prepare(p.query); err != nil {
 			return fmt.Errorf("preparing %s: %w", p.query, err)
 		}
 	}
