@@ -42,11 +42,11 @@ var schema string
 // database is the SQLite file. The original program may use the same file at the same time.
 type database struct {
 	path    string
-	opened  os.FileInfo // the file that stood at path
-	writer  *sql.DB     // one connection, as SQLite allows one writer
-	reader  *sql.DB     // several, which in WAL mode never wait for the writer
-	reading chan struct{}
-	abandon func() error
+	opened  os.FileInfo   // the file that stood at path
+	writer  *sql.DB       // one connection, as SQLite allows one writer
+	reader  *sql.DB       // several, which in WAL mode never wait for the writer
+	reading chan struct{} // an element for each read in progress
+	abandon func() error  // foldBack, once
 
 	userByEmail      *sql.Stmt
 	usersByEmailCase *sql.Stmt
@@ -62,8 +62,8 @@ type database struct {
 }
 
 // openDatabase opens the file at path and applies the schema. A missing file is created, readable to its
-// owner only. A file whose tables are another program's is left as it was, and the error names the table. When
-// ctx ends, so does the wait for other programs' locks.
+// owner only. A file whose tables are another program's is left as it was, and the error names the table.
+// When ctx ends, so does the wait for other programs' locks.
 func openDatabase(ctx context.Context, path string) (*database, error) {
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -140,29 +140,32 @@ func explain(path string, err error) error {
 		err, folder, probeErr)
 }
 
-// setUp makes the file ready, prepares all statements and opens all connections: one opened later, when
-// another file stands at the path, would read that one through the write-ahead log of the first.
+// setUp makes the file ready, prepares all statements and opens all connections. One opened later, when
+// another file stands at the path, would read that file through the write-ahead log of the first.
 func (db *database) setUp(ctx context.Context) error {
+	if _, err := db.writer.Exec(`PRAGMA busy_timeout(100)`); err != nil { // to look at ctx in between
+		return err
+	}
 	if err := whenFree(ctx, db.applySchema); err != nil {
 		return err
 	}
-	err := whenFree(ctx, func(ctx context.Context) error { // SQLite does not wait here by itself
-		_, err := db.writer.ExecContext(ctx, `PRAGMA journal_mode(WAL)`)
+	err := whenFree(ctx, func() error { // SQLite does not wait here by itself
+		_, err := db.writer.Exec(`PRAGMA journal_mode(WAL); PRAGMA busy_timeout(1500)`)
 		return err
 	})
 	if err != nil {
 		return fmt.Errorf("switching to a write-ahead log: %w", err)
 	}
-	if err := db.prepare(ctx); err != nil {
+	if err := db.prepare(); err != nil {
 		return err
 	}
 	for range cap(db.reading) {
-		conn, err := db.reader.Conn(ctx)
+		conn, err := db.reader.Conn(context.Background())
 		if err != nil {
 			return err
 		}
 		defer conn.Close()
-		if err := conn.QueryRowContext(ctx, anyUser).Scan(new(bool)); err != nil { // opens the log
+		if err := conn.QueryRowContext(context.Background(), anyUser).Scan(new(bool)); err != nil { // opens the log
 			return err
 		}
 	}
@@ -170,49 +173,47 @@ func (db *database) setUp(ctx context.Context) error {
 }
 
 // whenFree repeats what other processes' locks keep from being done.
-func whenFree(ctx context.Context, do func(context.Context) error) error {
-	for deadline := time.Now().Add(setUpTimeout); ; {
-		err := do(ctx)
+func whenFree(ctx context.Context, do func() error) error {
+	for deadline := time.Now().Add(setUpTimeout); ; time.Sleep(20 * time.Millisecond) {
+		err := do()
 		e, ok := errors.AsType[*sqlite.Error](err)
 		if !ok || e.Code()&0xff != sqlite3.SQLITE_BUSY || time.Now().After(deadline) {
 			return err
 		}
-		select {
-		case <-ctx.Done():
+		if ctx.Err() != nil {
 			return ctx.Err()
-		case <-time.After(20 * time.Millisecond):
 		}
 	}
 }
 
 // applySchema applies the schema and tries it out with an account and a session, in one transaction. What
 // does not take them is another program's, and stays as it was.
-func (db *database) applySchema(ctx context.Context) error {
-	tx, err := db.writer.BeginTx(ctx, nil)
+func (db *database) applySchema() error {
+	tx, err := db.writer.Begin()
 	if err != nil {
 		return err
 	}
 	defer tx.Rollback()
-	if _, err := tx.ExecContext(ctx, schema); err != nil {
+	if _, err := tx.Exec(schema); err != nil {
 		return setUpError("applying the schema to the tables users and sessions", err)
 	}
-	if _, err := tx.ExecContext(ctx, `SAVEPOINT trial`); err != nil {
+	if _, err := tx.Exec(`SAVEPOINT trial`); err != nil {
 		return err
 	}
 	id := newUUID()
-	if _, err := tx.ExecContext(ctx, insertUser, id, "trial", id, 0, 0, "trial", id); err != nil {
+	if _, err := tx.Exec(insertUser, id, "trial", id, 0, 0, "trial", id); err != nil {
 		return setUpError("adding a trial account to the table users", err)
 	}
-	if _, err := tx.ExecContext(ctx, insertSession, hashID(id), id, "trial", id, "", "", 0); err != nil {
+	if _, err := tx.Exec(insertSession, hashID(id), id, "trial", id, "", "", 0); err != nil {
 		return setUpError("adding a trial session to the table sessions", err)
 	}
-	if _, err := tx.ExecContext(ctx, `ROLLBACK TO trial`); err != nil {
+	if _, err := tx.Exec(`ROLLBACK TO trial`); err != nil {
 		return err
 	}
 	return tx.Commit()
 }
 
-// setUpError says whose the table is if its columns are the trouble, rather than a full disk, say.
+// setUpError says that the file is another program's if its tables are the trouble, and not a full disk.
 func setUpError(doing string, err error) error {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok {
 		switch e.Code() & 0xff {
@@ -235,7 +236,7 @@ const (
 		VALUES (?, ?, ?, ?, ?, ?, ?)`
 )
 
-func (db *database) prepare(ctx context.Context) error {
+func (db *database) prepare() error {
 	// A date that is NULL or cannot be read keeps nobody out (userTimes).
 	const user = `SELECT id, name, email, COALESCE(CAST(createdAt AS TEXT), ''),
 		COALESCE(CAST(updateAt AS TEXT), ''), password FROM users `
@@ -260,7 +261,7 @@ func (db *database) prepare(ctx context.Context) error {
 			(SELECT id_hash FROM sessions WHERE expires_at <= ? LIMIT 100)`},
 	} {
 		var err error
-		if *p.stmt, err = p.pool.PrepareContext(ctx, p.query); err != nil {
+		if *p.stmt, err = p.pool.Prepare(p.query); err != nil {
 			return fmt.Errorf("preparing %s: %w", p.query, err)
 		}
 	}
@@ -368,8 +369,8 @@ func scanUser(row interface{ Scan(...any) error }) (user User, passwordHash stri
 	return user, passwordHash, nil
 }
 
-// parseColumnTime reads a time of the users table, cast to text, as Prisma does: Unix milliseconds, a fraction
-// of one cut off, or a date with or without a time. Where there is no zone it is UTC.
+// parseColumnTime reads a time of the users table, cast to text, as Prisma does: Unix milliseconds, of which
+// a fraction is cut off, or a date with or without a time and a zone.
 func parseColumnTime(text string) (string, bool) {
 	if millis, err := strconv.ParseFloat(text, 64); err == nil && math.Abs(millis) < 1<<53 {
 		return formatTime(time.UnixMilli(int64(millis)))
@@ -439,8 +440,9 @@ func (db *database) transact(ctx context.Context, do change) error {
 	return tx.Commit()
 }
 
-// outcome is how every operation ends: as storeError(doing, err), if the file at the path is still the one that
-// was opened. Otherwise it is an errUnavailable, whatever err is: nobody finds again what went into the old file.
+// outcome returns storeError(doing, err) if the file at the path is still the one that was opened. Otherwise
+// it returns an errUnavailable, whatever err is: nobody finds again what went into the old file. It stands at
+// the end of each operation, so that a file replaced meanwhile is noticed too.
 func (db *database) outcome(doing string, err error) error {
 	now, statErr := os.Stat(db.path)
 	switch {
