@@ -5862,6 +5862,11 @@ func TestFilesOfOtherProgramsAreLeftAsTheyWere(t *testing.T) {
 			t.Fatal(err)
 		}
 		runOn(t, filepath.Join(crashed, "dev.db"), "users", "email", foreign)
+		link := filepath.Join(crashed, "link.db")
+		if err := os.Symlink("dev.db", link); err != nil {
+			t.Fatal(err)
+		}
+		runOn(t, link, "users", "email", foreign)
 	})
 	text := filepath.Join(t.TempDir(), "notes.txt")
 	os.WriteFile(text, bytes.Repeat([]byte("no database "), 1000), 0o600)
@@ -6233,6 +6238,14 @@ func TestFaultsOfTheFile(t *testing.T) {
 			strike:   replace,
 			embedded: []int{503, 503, 503, 503, 503}, redis: []int{200, 503, 503, 503, 204},
 			log: outOfReach, cause: replaced, restart: true, early: true,
+		},
+		"its log deleted": {
+			strike: func(s *service) func() {
+				os.Remove(s.dbPath + "-wal")
+				return forGood
+			},
+			embedded: []int{503, 503, 503, 503, 503}, redis: []int{200, 503, 503, 503, 204},
+			log: outOfReach, cause: replaced, restart: true, early: true, late: true,
 		},
 		"replaced and not noticed": {strike: replace, restart: true, early: true},
 		"reduced to the original's schema": { // as prisma db push does

@@ -42,7 +42,7 @@ var schema string
 // database is the SQLite file. The original program may use the same file at the same time.
 type database struct {
 	path    string
-	opened  os.FileInfo   // the file that stood at path
+	opened  []openedFile  // the file, and its write-ahead log
 	writer  *sql.DB       // one connection, as SQLite allows one writer
 	reader  *sql.DB       // several, which in WAL mode never wait for the writer
 	reading chan struct{} // an element for each read in progress
@@ -70,12 +70,12 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 		return nil, explain(path, err)
 	}
 	file.Close()
-	opened, err := os.Stat(path)
+	target, err := filepath.EvalSymlinks(path) // the log stands beside it
 	if err != nil {
 		return nil, err
 	}
 	readers := runtime.NumCPU() + 1
-	db := &database{path: path, opened: opened, reading: make(chan struct{}, readers)}
+	db := &database{path: path, reading: make(chan struct{}, readers)}
 	db.abandon = sync.OnceValue(db.foldBack)
 	// The pragmas stand in the name so that every connection of a pool has them. synchronous(FULL): what
 	// was committed must outlive a power cut. temp_store(MEMORY): a scratch image has no /tmp. _dqs=0: a
@@ -83,7 +83,7 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 	escaped := (&url.URL{Path: filepath.ToSlash(filepath.Clean(path))}).EscapedPath()
 	name := "file:" + escaped + "?_pragma=busy_timeout(1500)&_pragma=synchronous(FULL)" +
 		"&_pragma=foreign_keys(1)&_pragma=temp_store(MEMORY)&_txlock=immediate&_dqs=0"
-	defer holdLog(path, name)()
+	defer holdLog(target+"-wal", name)()
 	if db.writer, err = openPool(name, 1); err != nil {
 		return nil, err
 	}
@@ -91,12 +91,34 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 		db.writer.Close()
 		return nil, err
 	}
-	if err := db.setUp(ctx); err != nil {
+	err = db.setUp(ctx)
+	if err == nil {
+		err = db.remember(path, target+"-wal")
+	}
+	if err != nil {
 		db.reader.Close()
 		db.writer.Close()
 		return nil, explain(path, err)
 	}
 	return db, nil
+}
+
+// openedFile is a file as it was when it was opened.
+type openedFile struct {
+	path string
+	info os.FileInfo
+}
+
+// remember notes the files that stand at these paths.
+func (db *database) remember(paths ...string) error {
+	for _, path := range paths {
+		info, err := os.Stat(path)
+		if err != nil {
+			return err
+		}
+		db.opened = append(db.opened, openedFile{path, info})
+	}
+	return nil
 }
 
 // openPool returns a pool that keeps its connections, once they are open.
@@ -112,8 +134,8 @@ func openPool(name string, connections int) (*sql.DB, error) {
 
 // holdLog keeps the write-ahead log of a file that is not ours as it is. The last connection to close folds
 // the log into the file, unless it is one that cannot write. So such a one stays open until release.
-func holdLog(path, name string) (release func()) {
-	if _, err := os.Stat(path + "-wal"); err != nil {
+func holdLog(log, name string) (release func()) {
+	if _, err := os.Stat(log); err != nil {
 		return func() {}
 	}
 	db, err := sql.Open("sqlite", name+"&mode=ro")
@@ -440,18 +462,21 @@ func (db *database) transact(ctx context.Context, do change) error {
 	return tx.Commit()
 }
 
-// outcome returns storeError(doing, err) if the file at the path is still the one that was opened. Otherwise
-// it returns an errUnavailable, whatever err is: nobody finds again what went into the old file. It stands at
-// the end of each operation, so that a file replaced meanwhile is noticed too.
+// outcome returns storeError(doing, err) if the file and its log are still the ones that were opened.
+// Otherwise it returns an errUnavailable, whatever err is: nobody finds again what went into the old ones. It
+// stands at the end of each operation, so that a file replaced meanwhile is noticed too.
 func (db *database) outcome(doing string, err error) error {
-	now, statErr := os.Stat(db.path)
-	switch {
-	case statErr == nil && os.SameFile(now, db.opened):
-		return storeError(doing, err)
-	case statErr == nil, errors.Is(statErr, fs.ErrNotExist):
-		return fmt.Errorf("%s: %w", doing, db.abandon())
+	for _, file := range db.opened {
+		now, statErr := os.Stat(file.path)
+		switch {
+		case statErr == nil && os.SameFile(now, file.info):
+		case statErr == nil, errors.Is(statErr, fs.ErrNotExist):
+			return fmt.Errorf("%s: %w", doing, db.abandon())
+		default:
+			return fmt.Errorf("%s: %w: %w", doing, errUnavailable, statErr)
+		}
 	}
-	return fmt.Errorf("%s: %w: %w", doing, errUnavailable, statErr)
+	return storeError(doing, err)
 }
 
 // foldBack folds the write-ahead log into the file that was opened, closes all connections and returns the
@@ -462,8 +487,9 @@ func (db *database) foldBack() error {
 	defer cancel()
 	db.reader.Close()
 	_, err := db.writer.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`)
-	return errors.Join(fmt.Errorf("%w: the file at DB_PATH=%q was deleted or replaced: restart the service",
-		errUnavailable, db.path), err, db.writer.Close())
+	return errors.Join(
+		fmt.Errorf("%w: the file at DB_PATH=%q, or its -wal, was deleted or replaced: restart the service",
+			errUnavailable, db.path), err, db.writer.Close())
 }
 
 // storeError adds what failed, and maps the errors of database/sql and SQLite to this program's:
