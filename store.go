@@ -74,24 +74,30 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 	if err != nil {
 		return nil, err
 	}
-	readers := runtime.NumCPU() + 1
-	db := &database{path: path, reading: make(chan struct{}, readers)}
-	db.abandon = sync.OnceValue(db.foldBack)
 	// The pragmas stand in the name so that every connection of a pool has them. synchronous(FULL): what
 	// was committed must outlive a power cut. temp_store(MEMORY): a scratch image has no /tmp. _dqs=0: a
 	// column that is missing must not be taken for a string.
 	escaped := (&url.URL{Path: filepath.ToSlash(filepath.Clean(path))}).EscapedPath()
-	name := "file:" + escaped + "?_pragma=busy_timeout(1500)&_pragma=synchronous(FULL)" +
-		"&_pragma=foreign_keys(1)&_pragma=temp_store(MEMORY)&_txlock=immediate&_dqs=0"
+	name := "file:" + escaped + "?_pragma=synchronous(FULL)&_pragma=foreign_keys(1)" +
+		"&_pragma=temp_store(MEMORY)&_txlock=immediate&_dqs=0"
 	defer holdLog(target+"-wal", name)()
+	if err := setUp(ctx, name); err != nil {
+		return nil, explain(path, err)
+	}
+	db := &database{path: path, reading: make(chan struct{}, runtime.NumCPU()+1)}
+	db.abandon = sync.OnceValue(db.foldBack)
+	name += "&_pragma=busy_timeout(1500)"
 	if db.writer, err = openPool(name, 1); err != nil {
 		return nil, err
 	}
-	if db.reader, err = openPool(name+"&_query_only=1", readers); err != nil {
+	if db.reader, err = openPool(name+"&_query_only=1", cap(db.reading)); err != nil {
 		db.writer.Close()
 		return nil, err
 	}
-	err = db.setUp(ctx)
+	err = db.prepare()
+	if err == nil {
+		err = db.openReaders()
+	}
 	if err == nil {
 		err = db.remember(path, target+"-wal")
 	}
@@ -162,34 +168,23 @@ func explain(path string, err error) error {
 		err, folder, probeErr)
 }
 
-// setUp makes the file ready, prepares all statements and opens all connections. One opened later, when
-// another file stands at the path, would read that file through the write-ahead log of the first.
-func (db *database) setUp(ctx context.Context) error {
-	if _, err := db.writer.Exec(`PRAGMA busy_timeout(100)`); err != nil { // to look at ctx in between
+// setUp applies the schema and switches to a write-ahead log, when no other process holds a lock. Its own
+// connection waits for locks for short times, to look at ctx in between.
+func setUp(ctx context.Context, name string) error {
+	db, err := openPool(name+"&_pragma=busy_timeout(100)", 1)
+	if err != nil {
 		return err
 	}
-	if err := whenFree(ctx, db.applySchema); err != nil {
+	defer db.Close()
+	if err := whenFree(ctx, func() error { return applySchema(db) }); err != nil {
 		return err
 	}
-	err := whenFree(ctx, func() error { // SQLite does not wait here by itself
-		_, err := db.writer.Exec(`PRAGMA journal_mode(WAL); PRAGMA busy_timeout(1500)`)
+	err = whenFree(ctx, func() error { // SQLite does not wait here by itself
+		_, err := db.Exec(`PRAGMA journal_mode(WAL)`)
 		return err
 	})
 	if err != nil {
 		return fmt.Errorf("switching to a write-ahead log: %w", err)
-	}
-	if err := db.prepare(); err != nil {
-		return err
-	}
-	for range cap(db.reading) {
-		conn, err := db.reader.Conn(context.Background())
-		if err != nil {
-			return err
-		}
-		defer conn.Close()
-		if err := conn.QueryRowContext(context.Background(), anyUser).Scan(new(bool)); err != nil { // opens the log
-			return err
-		}
 	}
 	return nil
 }
@@ -210,8 +205,8 @@ func whenFree(ctx context.Context, do func() error) error {
 
 // applySchema applies the schema and tries it out with an account and a session, in one transaction. What
 // does not take them is another program's, and stays as it was.
-func (db *database) applySchema() error {
-	tx, err := db.writer.Begin()
+func applySchema(db *sql.DB) error {
+	tx, err := db.Begin()
 	if err != nil {
 		return err
 	}
@@ -285,6 +280,22 @@ func (db *database) prepare() error {
 		var err error
 		if *p.stmt, err = p.pool.Prepare(p.query); err != nil {
 			return fmt.Errorf("preparing %s: %w", p.query, err)
+		}
+	}
+	return nil
+}
+
+// openReaders opens all reading connections. One opened later, when another file stands at the path, would
+// read that file through the write-ahead log of the first.
+func (db *database) openReaders() error {
+	for range cap(db.reading) {
+		conn, err := db.reader.Conn(context.Background())
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		if err := conn.QueryRowContext(context.Background(), anyUser).Scan(new(bool)); err != nil { // opens the log
+			return err
 		}
 	}
 	return nil
