@@ -3573,6 +3573,27 @@ func TestRedirections(t *testing.T) {
 	}
 }
 
+func TestWhatIsMovedToItselfConnectsAnewOnce(t *testing.T) {
+	t.Parallel()
+	id := newUUID()
+	var f *fakeRedis
+	f = startFakeRedis(t, func(command []string) string {
+		if f.dialed < 3 && command[0] == "HGETALL" { // the third connection reaches the right machine
+			return fmt.Sprintf("-MOVED %d %s\r\n", slotOf(sessionKey(id)), f.addr)
+		}
+		return plainReply(command)
+	})
+	store := openRedisSessions(t, f.url())
+	together(200, func(int) {
+		if user, err := store.Get(t.Context(), id); err != nil || user.ID != sessionKey(id) {
+			t.Errorf("Get: %v, %v", user, err)
+		}
+	})
+	if n, _ := f.connections(); n != 3 {
+		t.Errorf("%d connections, want 3", n)
+	}
+}
+
 // The race detector sees what is read into one lookup from two connections.
 func TestALookupThatMovesToAnotherConnectionIsReadFromThatAlone(t *testing.T) {
 	t.Parallel()

@@ -406,8 +406,9 @@ func isRefusal(err error, kind string) bool {
 // operation is a request on its way.
 type operation struct {
 	request
-	deadline time.Time // past it the operation is not sent any more
-	sends    int       // how often it may still be sent
+	deadline time.Time  // past it the operation is not sent any more
+	sends    int        // how often it may still be sent
+	conn     *redisConn // that it was sent on last
 
 	done chan struct{}
 	err  error // to be read when done is closed: nil, or an errUnavailable
@@ -493,7 +494,12 @@ func (c *cluster) redirect(from *pipeline, op *operation) (to *pipeline, ask boo
 		kind, slot, addr := parseRedirection(refusal)
 		switch kind {
 		case "MOVED":
-			return c.moved(from, slot, addr), false
+			to := c.moved(slot, addr)
+			if to == from {
+				// An address that stands for several machines: the next connection may reach the right one.
+				op.conn.fail(errors.New("sends the slot's requests to itself"))
+			}
+			return to, false
 		case "ASK":
 			return c.node(addr), true
 		}
@@ -558,15 +564,11 @@ func parseRedirection(refusal *refusedError) (kind string, slot int, addr string
 }
 
 // moved notes the node of a slot, as another node told it, and returns it.
-func (c *cluster) moved(from *pipeline, slot int, addr string) *pipeline {
+func (c *cluster) moved(slot int, addr string) *pipeline {
 	node := c.node(addr)
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.slots[slot] = node
-	c.mu.Unlock()
-	if node == from {
-		// An address that stands for several machines: the next connection may reach the right one.
-		node.hangUp(errors.New("sends the slot's requests to itself"))
-	}
 	return node
 }
 
@@ -849,16 +851,6 @@ func (p *pipeline) stands() bool {
 	return p.conn != nil
 }
 
-// hangUp ends the connection, if one stands.
-func (p *pipeline) hangUp(err error) {
-	p.mu.Lock()
-	conn := p.conn
-	p.mu.Unlock()
-	if conn != nil {
-		conn.fail(err)
-	}
-}
-
 func (p *pipeline) queued() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -870,11 +862,14 @@ func (p *pipeline) close() {
 	p.stop()
 	queue := p.queue
 	p.queue = nil
+	conn := p.conn
 	p.mu.Unlock()
 	for _, op := range queue {
 		op.finish(errClosed)
 	}
-	p.hangUp(errClosed)
+	if conn != nil {
+		conn.fail(errClosed)
+	}
 }
 
 // redisConn is a connection, and what was sent on it and is not answered yet.
@@ -958,6 +953,7 @@ func (c *redisConn) begin(f *flush) bool {
 	}
 	for _, op := range f.operations {
 		op.sends--
+		op.conn = c
 	}
 	c.inFlight = append(c.inFlight, f)
 	if len(c.inFlight) == 1 {
