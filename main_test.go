@@ -3543,6 +3543,8 @@ func TestRedirections(t *testing.T) {
 			sent: []string{lookup + " " + lookup, ""}},
 		{name: "a slot that is no number", call: "Get", want: errRefused, nodes: []script{get("-MOVED x #1"), nil},
 			sent: []string{lookup + " " + lookup, ""}},
+		{name: "a slot past the last", call: "Get", want: errRefused, nodes: []script{get("-MOVED 16384 #1"), nil},
+			sent: []string{lookup + " " + lookup, ""}},
 		{name: "no port", call: "Get", want: errRefused, nodes: []script{get("-ASK SLOT localhost"), nil},
 			sent: []string{lookup + " " + lookup, ""}},
 		{name: "keys on the way", call: "Get", want: errRefused, nodes: []script{get("-TRYAGAIN")}, sent: []string{lookup + " " + lookup}},

@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"net"
 	"net/url"
 	"os"
@@ -366,7 +365,8 @@ const (
 	minAge           = time.Second            // of a connection that is ended when Redis is no primary
 	maxQueued        = 8192                   // operations that wait to be sent
 	maxReply         = 256 << 10              // bytes of an operation's replies; the original's need 200 kB
-	maxRedirections  = 5                      // of one operation in a cluster
+	slotCount        = 16384                  // of a cluster
+	maxRedirections  = 5                      // of one operation in it
 )
 
 var (
@@ -440,7 +440,7 @@ type cluster struct {
 
 	mu     sync.Mutex
 	nodes  map[string]*pipeline // by host:port; empty until Redis redirects
-	slots  map[int]*pipeline    // the node of each slot that is known
+	slots  [slotCount]*pipeline // the node of each slot that is known
 	closed bool
 }
 
@@ -450,7 +450,6 @@ func newCluster(target *redisTarget, stats *redisStats, log *slog.Logger) *clust
 		stats:  stats,
 		log:    log,
 		nodes:  map[string]*pipeline{},
-		slots:  map[int]*pipeline{},
 	}
 	c.entry = newPipeline(target.String(), stats, func(ctx context.Context, attempt int) (*redisConn, error) {
 		return target.dial(ctx, c.addresses(), attempt)
@@ -519,7 +518,7 @@ func (c *cluster) redirect(from *pipeline, op *operation) (to *pipeline, ask boo
 func (c *cluster) nodeOf(key string) *pipeline {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.slots) == 0 {
+	if len(c.nodes) == 0 {
 		return c.entry
 	}
 	if node := c.slots[slotOf(key)]; node != nil {
@@ -528,7 +527,7 @@ func (c *cluster) nodeOf(key string) *pipeline {
 	return c.entry
 }
 
-// slotOf returns the slot of a key without braces: CRC16 (XMODEM) modulo 16384.
+// slotOf returns the slot of a key without braces: its CRC16 (XMODEM).
 func slotOf(key string) int {
 	var crc uint16
 	for i := range len(key) {
@@ -541,7 +540,7 @@ func slotOf(key string) int {
 			}
 		}
 	}
-	return int(crc % 16384)
+	return int(crc % slotCount)
 }
 
 // parseRedirection reads "MOVED 3999 127.0.0.1:6381" or "ASK …". Without a host it is the one of the server
@@ -553,7 +552,7 @@ func parseRedirection(refusal *refusedError) (kind string, slot int, addr string
 	}
 	slot, err := strconv.Atoi(words[1])
 	colon := strings.LastIndexByte(words[2], ':') // an IPv6 address has no brackets here
-	if err != nil || colon < 0 {
+	if err != nil || slot < 0 || slot >= slotCount || colon < 0 {
 		return "", 0, ""
 	}
 	host := words[2][:colon]
@@ -596,7 +595,11 @@ func (c *cluster) node(addr string) *pipeline {
 func (c *cluster) forget(lost *pipeline) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	maps.DeleteFunc(c.slots, func(_ int, node *pipeline) bool { return node == lost })
+	for slot, node := range c.slots[:] {
+		if node == lost {
+			c.slots[slot] = nil
+		}
+	}
 }
 
 // addresses returns those of the entry: the ones in REDIS_URL, and then the nodes that have slots.
@@ -604,8 +607,8 @@ func (c *cluster) addresses() []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var known []string
-	for _, node := range c.slots {
-		if !slices.Contains(known, node.name) {
+	for _, node := range c.slots[:] {
+		if node != nil && !slices.Contains(known, node.name) {
 			known = append(known, node.name)
 		}
 	}
