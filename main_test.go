@@ -3478,6 +3478,227 @@ func TestRedisURLs(t *testing.T) {
 }
 
 // ---------------------------------------------------------------------------------------------------
+// session.go: connecting.
+
+// virtualPipeline is a pipeline in virtual time to a fake, by connections that dial makes or not.
+func virtualPipeline(
+	t *testing.T, redis *fakeRedis, dial func(ctx context.Context, attempt int) error,
+) *pipeline {
+	p := newPipeline("redis:6379", &redisStats{}, func(ctx context.Context, attempt int) (*redisConn, error) {
+		if err := dial(ctx, attempt); err != nil {
+			return nil, err
+		}
+		client, server := net.Pipe()
+		go redis.serve(server)
+		return newRedisConn("redis:6379", client), nil
+	})
+	t.Cleanup(p.close)
+	return p
+}
+
+// try sends a request as a store does, and returns what came of it.
+func (p *pipeline) try(req request) error {
+	op := &operation{request: req, deadline: time.Now().Add(operationTimeout), sends: 2, done: make(chan struct{})}
+	p.do(op)
+	return op.err
+}
+
+func TestConnectingHasTimeOfItsOwn(t *testing.T) {
+	hang := func(ctx context.Context, _ int) error {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	after := func(d time.Duration) func(ctx context.Context, attempt int) error {
+		return func(ctx context.Context, _ int) error {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(d):
+				return nil
+			}
+		}
+	}
+	refused := errors.New("refused")
+	for _, tt := range []struct {
+		name    string
+		dial    func(ctx context.Context, attempt int) error
+		steady  bool          // a request comes each 10 ms, otherwise one alone
+		back    time.Duration // after which requests are answered; -1 for never
+		dials   int64         // in 15 s
+		message error
+	}{
+		{name: "at once", dial: after(0), steady: true, dials: 1},
+		{name: "within a request's time", dial: after(900 * time.Millisecond), dials: 1},
+		{name: "longer than a request can wait", dial: after(5500 * time.Millisecond), steady: true,
+			back: 5500 * time.Millisecond, dials: 6, message: errConnecting},
+		{name: "longer, for one alone", dial: after(9 * time.Second), back: 9 * time.Second, dials: 1, message: errConnecting},
+		{name: "a first attempt that hangs", dial: func(ctx context.Context, attempt int) error {
+			if attempt == 0 {
+				return hang(ctx, attempt)
+			}
+			return nil
+		}, steady: true, back: time.Second, dials: 2, message: errConnecting},
+		{name: "never", dial: hang, steady: true, back: -1, dials: 15},
+		{name: "refused", dial: func(context.Context, int) error { return refused }, steady: true,
+			back: -1, dials: 150, message: refused}, // one each 0.1 s
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := virtualPipeline(t, &fakeRedis{answer: plainReply}, tt.dial)
+				began := time.Now()
+				var requests sync.WaitGroup
+				for range 1500 {
+					requests.Go(func() {
+						asked := time.Since(began)
+						err := p.try(ping{})
+						took := time.Since(began) - asked
+						early := tt.back < 0 || asked+operationTimeout < tt.back
+						late := !early && asked >= tt.back
+						if late && err != nil || early && (err == nil || tt.message != nil && !errors.Is(err, tt.message)) {
+							t.Errorf("after %v: %v", asked, err)
+						}
+						if took > operationTimeout+2*expiryInterval {
+							t.Errorf("after %v: told after %v", asked, took)
+						}
+					})
+					if !tt.steady {
+						break
+					}
+					time.Sleep(10 * time.Millisecond)
+				}
+				requests.Wait()
+				time.Sleep(15*time.Second - time.Since(began))
+				if n := p.stats.dials.Load(); n < tt.dials*2/3 || n > tt.dials+1 {
+					t.Errorf("%d attempts, want %d", n, tt.dials)
+				}
+				if err := p.try(ping{}); tt.back >= 0 && err != nil {
+					t.Errorf("at last: %v", err)
+				}
+			})
+		})
+	}
+}
+
+func TestAnOldPrimaryIsLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakeRedis{answer: func(command []string) string {
+			if command[0] == "DEL" {
+				time.Sleep(10 * time.Millisecond)
+				return "-READONLY\r\n"
+			}
+			return plainReply(command)
+		}}
+		p := virtualPipeline(t, f, func(context.Context, int) error { return nil })
+		wantReadOnly := func(dials int64) {
+			if err := p.try(&deletion{key: "session"}); !isRefusal(err, "READONLY") || p.stats.dials.Load() != dials {
+				t.Errorf("DEL: %v on connection %d, want READONLY on %d", err, p.stats.dials.Load(), dials)
+			}
+		}
+		wantReadOnly(1)
+		wantReadOnly(1) // the connection is young
+		time.Sleep(minAge)
+		var first sync.WaitGroup
+		first.Go(func() { p.try(&deletion{key: "session"}) })
+		synctest.Wait()
+		behind := &lookup{key: "in flight"}
+		if err := p.try(behind); err != nil || behind.user.ID != "in flight" || p.stats.dials.Load() != 2 {
+			t.Errorf("a lookup in flight: %v, %v on connection %d, want 2", behind.user, err, p.stats.dials.Load())
+		}
+		first.Wait()
+		wantReadOnly(2)
+	})
+}
+
+// startHangUp takes connections, and closes each when something is sent on it.
+func startHangUp(t *testing.T) (addr string) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			conn.Read(make([]byte, 1))
+			conn.(*net.TCPConn).CloseWrite()
+		}
+	}()
+	return l.Addr().String()
+}
+
+func TestWhatCannotBeConnectedIsNamed(t *testing.T) {
+	t.Parallel()
+	says := func(reply string) string {
+		return startFakeRedis(t, func([]string) string { return reply }).addr
+	}
+	silent := startFakeRedis(t, plainReply)
+	silent.mute = true
+	gone := "127.0.0.1:" + freePort()
+	for _, tt := range []struct{ login, addr, cause string }{
+		{"", gone, "connection refused"},
+		{"", "no-such-host.invalid:6379", "no such host"},
+		{"", startHangUp(t), "ECHO: closed the connection"},
+		{"", silent.addr, "connecting takes longer than a request can wait"},
+		{":password@", startHangUp(t), "AUTH: closed the connection"},
+		{":password@", says("-WRONGPASS no\r\n"), "WRONGPASS no"},
+		{":password@", says("$99999999999999999999\r\n"), "AUTH: a reply of the wrong shape"},
+		{":password@", says("*1000000000\r\n"), "AUTH: a reply of the wrong shape"},
+		{":password@", says(strings.Repeat("+", 20_000)), "AUTH: a reply larger than any session"},
+		{":password@", says("HTTP/1.1 400 Bad Request\r\n\r\n"), "AUTH: a reply of the wrong shape"},
+	} {
+		t.Run(tt.cause, func(t *testing.T) {
+			t.Parallel()
+			err := openRedisSessions(t, "redis://"+tt.login+tt.addr).Ping(t.Context())
+			if !errors.Is(err, errUnavailable) || !strings.Contains(err.Error(), tt.addr) || !strings.Contains(err.Error(), tt.cause) {
+				t.Errorf("%v, want %s and %q", err, tt.addr, tt.cause)
+			}
+		})
+	}
+	t.Run("the first of several is silent", func(t *testing.T) {
+		t.Parallel()
+		store := openRedisSessions(t, "redis://"+silent.addr+","+startFakeRedis(t, plainReply).addr)
+		began := time.Now()
+		eventually(t, 10*time.Second, "the second one answers", func() bool { return store.Ping(t.Context()) == nil })
+		if took := time.Since(began); took > 3*time.Second {
+			t.Errorf("answered after %v, want 3 s at most", took)
+		}
+	})
+	t.Run("a node of a cluster is gone", func(t *testing.T) {
+		t.Parallel()
+		id := newUUID()
+		moved := fmt.Sprintf("-MOVED %d %s", slotOf(sessionKey(id)), gone)
+		entry := fakeCluster(t, "", map[string][]string{"HGETALL": slices.Repeat([]string{moved}, 3)})[0]
+		store := openRedisSessions(t, entry.url())
+		if _, err := store.Get(t.Context(), id); err == nil || !strings.Contains(err.Error(), gone+": connect: connection refused") {
+			t.Errorf("Get: %v, want a node refused", err)
+		}
+		wantOwn(t, store)
+		if _, err := store.Get(t.Context(), id); err != nil { // the entry has it now
+			t.Errorf("Get: %v", err)
+		}
+	})
+	t.Run("a node of a cluster wants another password", func(t *testing.T) {
+		t.Parallel()
+		id := newUUID()
+		nodes := fakeCluster(t, sessionKey(id), map[string][]string{"HGETALL": slices.Repeat([]string{"-MOVED SLOT #1"}, 9999)},
+			map[string][]string{"AUTH": slices.Repeat([]string{"-WRONGPASS"}, 9999)})
+		store := openRedisSessions(t, "redis://:password@"+nodes[0].addr)
+		began := time.Now()
+		for range 200 {
+			if _, err := store.Get(t.Context(), id); !isRefusal(err, "WRONGPASS") {
+				t.Errorf("Get: %v, want WRONGPASS", err)
+			}
+		}
+		if n, most := nodes[1].seen("AUTH"), int(time.Since(began)/attemptPause)+1; n > most {
+			t.Errorf("%d logins, want %d at most", n, most)
+		}
+	})
+}
+
+// ---------------------------------------------------------------------------------------------------
 // session.go: a cluster.
 
 // fakeCluster starts nodes, each of which answers a command with the replies of its script, one after the other,
