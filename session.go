@@ -828,13 +828,18 @@ func (p *pipeline) connected(a dialed, last bool) bool {
 	return true
 }
 
-// lost takes a connection that has ended out of use, and settles what was in flight on it. The culprit is not
-// sent again.
-func (p *pipeline) lost(conn *redisConn, culprit *operation) {
+// leave takes a connection that has ended out of use.
+func (p *pipeline) leave(conn *redisConn) {
 	p.mu.Lock()
-	p.conn = nil
+	defer p.mu.Unlock()
+	if p.conn == conn {
+		p.conn = nil
+	}
 	p.wake()
-	p.mu.Unlock()
+}
+
+// settle settles what was in flight on a connection that has ended. The culprit is not sent again.
+func (p *pipeline) settle(conn *redisConn, culprit *operation) {
 	for _, f := range conn.inFlight {
 		for _, op := range f.operations {
 			if op == culprit || !op.again(conn.err) {
@@ -932,6 +937,7 @@ func (c *redisConn) send(operations []*operation) {
 		deadline:   time.Now().Add(replyTimeout),
 	}
 	if !c.begin(f) {
+		c.pipeline.leave(c) // before its reader does, which may take a moment
 		for _, op := range operations {
 			c.pipeline.add(op)
 		}
@@ -975,7 +981,8 @@ func (c *redisConn) receive() {
 		culprit = c.receiveFlush()
 	}
 	c.fail(c.replies.err)
-	c.pipeline.lost(c, culprit)
+	c.pipeline.leave(c)
+	c.pipeline.settle(c, culprit)
 }
 
 // oldest returns the flush whose replies come next, nil if nothing is in flight.
