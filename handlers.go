@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
+	"expvar"
 	"fmt"
 	"io"
 	"log/slog"
@@ -65,14 +66,8 @@ type server struct {
 	warnOfProxy sync.Once
 	started     time.Time
 	inFlight    atomic.Int64 // requests
-	answers     sync.Map     // of answerKind to *atomic.Int64
+	answers     expvar.Map   // how many, by route and status
 	events      serverEvents
-}
-
-// answerKind is what answers are counted by.
-type answerKind struct {
-	pattern string // of the route, "" where there is none
-	status  int
 }
 
 // serverEvents counts since the start.
@@ -134,22 +129,9 @@ func (s *server) handle(pattern string, handle handler) {
 	})
 }
 
-func (s *server) countAnswer(kind answerKind) {
-	count, ok := s.answers.Load(kind)
-	if !ok {
-		count, _ = s.answers.LoadOrStore(kind, new(atomic.Int64))
-	}
-	count.(*atomic.Int64).Add(1)
-}
-
 // metrics returns by name what was counted since the start (…_total), and what is going on.
 func (s *server) metrics() map[string]any {
 	running, waiting := s.gate.load()
-	answers := map[string]int64{}
-	for kind, count := range s.answers.Range {
-		name := fmt.Sprintf("%s %d", kind.(answerKind).pattern, kind.(answerKind).status)
-		answers[strings.TrimSpace(name)] = count.(*atomic.Int64).Load()
-	}
 	return map[string]any{
 		"session_lookups_total":      s.events.lookups.Load(),
 		"registered_total":           s.events.registered.Load(),
@@ -160,7 +142,7 @@ func (s *server) metrics() map[string]any {
 		"too_busy_total":             s.events.tooBusy.Load(),
 		"session_store_errors_total": s.sessions.watch.errors.Load(),
 		"account_store_errors_total": s.accounts.watch.errors.Load(),
-		"answers_total":              answers,
+		"answers_total":              json.RawMessage(s.answers.String()),
 		"bcrypts_running":            running,
 		"sign_ins_waiting":           waiting,
 		"requests_in_flight":         s.inFlight.Load(),
@@ -224,15 +206,12 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, status int, body
 		body = p
 		contentType = "application/problem+json"
 	}
-	s.countAnswer(answerKind{r.Pattern, status})
+	s.answers.Add(strings.TrimSpace(r.Pattern+" "+strconv.Itoa(status)), 1) // no pattern: no route
 	if body == nil {
 		w.WriteHeader(status)
 		return
 	}
-	text, err := json.Marshal(body)
-	if err != nil { // cannot be: it is structs and maps of strings
-		panic(err)
-	}
+	text, _ := json.Marshal(body) // structs and maps of strings: it cannot fail
 	header["Content-Type"] = []string{contentType}
 	w.WriteHeader(status)
 	w.Write(text)
