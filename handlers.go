@@ -52,22 +52,24 @@ const (
 
 // server answers requests.
 type server struct {
-	cfg         serverConfig
-	accounts    *watchedAccounts
-	sessions    *watchedSessions
-	gate        *gate
-	log         *slog.Logger
-	repeats     *repeats
-	mux         *http.ServeMux
-	paths       map[string]bool // that have a route
-	crossOrigin http.CrossOriginProtection
-	draining    atomic.Bool    // the service is about to stop: each answer closes its connection
-	background  sync.WaitGroup // work that goes on after its answer
-	warnOfProxy sync.Once
-	started     time.Time
-	inFlight    atomic.Int64 // requests
-	answers     expvar.Map   // how many, by route and status
-	events      serverEvents
+	cfg          serverConfig
+	accounts     *database
+	sessions     SessionStore
+	gate         *gate
+	log          *slog.Logger
+	repeats      *repeats
+	accountWatch *storeWatch
+	sessionWatch *storeWatch
+	mux          *http.ServeMux
+	paths        map[string]bool // that have a route
+	crossOrigin  http.CrossOriginProtection
+	draining     atomic.Bool    // the service is about to stop: each answer closes its connection
+	background   sync.WaitGroup // work that goes on after its answer
+	warnOfProxy  sync.Once
+	started      time.Time
+	inFlight     atomic.Int64 // requests
+	answers      expvar.Map   // how many, by route and status
+	events       serverEvents
 }
 
 // serverEvents counts since the start.
@@ -87,15 +89,17 @@ type handler func(w http.ResponseWriter, r *http.Request) (status int, body any,
 func newServer(cfg serverConfig, db *database, sessions SessionStore, log *slog.Logger) *server {
 	repeats := newRepeats(log)
 	s := &server{
-		cfg:      cfg,
-		accounts: &watchedAccounts{db, &storeWatch{store: "accounts", log: log, repeats: repeats}},
-		sessions: &watchedSessions{sessions, &storeWatch{store: "sessions", log: log, repeats: repeats}},
-		gate:     newGate(cfg.bcryptSlots),
-		log:      log,
-		repeats:  repeats,
-		mux:      http.NewServeMux(),
-		paths:    map[string]bool{},
-		started:  time.Now(),
+		cfg:          cfg,
+		accounts:     db,
+		sessions:     sessions,
+		gate:         newGate(cfg.bcryptSlots),
+		log:          log,
+		repeats:      repeats,
+		accountWatch: &storeWatch{store: "accounts", log: log, repeats: repeats},
+		sessionWatch: &storeWatch{store: "sessions", log: log, repeats: repeats},
+		mux:          http.NewServeMux(),
+		paths:        map[string]bool{},
+		started:      time.Now(),
 	}
 	s.route("/user", map[string]handler{"GET": s.showUser, "POST": s.register})
 	s.route("/user/signin", map[string]handler{"POST": s.signIn})
@@ -140,15 +144,15 @@ func (s *server) metrics() map[string]any {
 		"sign_ins_refused_total":     s.events.refused.Load(),
 		"throttled_total":            s.events.throttled.Load(),
 		"too_busy_total":             s.events.tooBusy.Load(),
-		"session_store_errors_total": s.sessions.watch.errors.Load(),
-		"account_store_errors_total": s.accounts.watch.errors.Load(),
+		"session_store_errors_total": s.sessionWatch.errors.Load(),
+		"account_store_errors_total": s.accountWatch.errors.Load(),
 		"answers_total":              json.RawMessage(s.answers.String()),
 		"bcrypts_running":            running,
 		"sign_ins_waiting":           waiting,
 		"requests_in_flight":         s.inFlight.Load(),
 		"uptime_seconds":             time.Since(s.started).Seconds(),
-		"sessions_away_seconds":      s.sessions.watch.away().Seconds(),
-		"accounts_away_seconds":      s.accounts.watch.away().Seconds(),
+		"sessions_away_seconds":      s.sessionWatch.away().Seconds(),
+		"accounts_away_seconds":      s.accountWatch.away().Seconds(),
 	}
 }
 
@@ -246,7 +250,7 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	}
 	s.gate.rememberAccount(accountOf(user), client)
 	if old := sessionID(r); old != "" {
-		s.sessions.Delete(ctx, old) // if that fails, the log says so; the account is made
+		s.deleteSession(ctx, old) // if that fails, the log says so; the account is made
 	}
 	s.events.registered.Add(1)
 	s.log.Info("registered", "user", user.ID, "client", client.addr)
@@ -266,7 +270,7 @@ func (s *server) hashForRegistration(
 		return "", err
 	}
 	defer try.freeSlot()
-	if err := s.accounts.EmailTaken(ctx, form["email"]); err != nil {
+	if err := s.accountWatch.see(ctx, s.accounts.EmailTaken(ctx, form["email"])); err != nil {
 		if errors.Is(err, errEmailTaken) {
 			try.fail()
 		}
@@ -294,10 +298,11 @@ func (s *server) createAccount(
 		UpdatedAt: now,
 	}
 	id = newUUID()
-	if err := s.sessions.Create(ctx, id, user, s.cfg.sessionTTL); err != nil {
+	err = s.sessionWatch.see(ctx, s.sessions.Create(ctx, id, user, s.cfg.sessionTTL))
+	if err != nil {
 		return User{}, "", err
 	}
-	err = s.accounts.InsertUser(ctx, user, form["email"], passwordHash)
+	err = s.accountWatch.see(ctx, s.accounts.InsertUser(ctx, user, form["email"], passwordHash))
 	if err == nil || errors.Is(err, errEmailTaken) {
 		try.fail() // registrations count, whatever comes of them
 	}
@@ -310,7 +315,11 @@ func (s *server) createAccount(
 
 // discardSession deletes a session whose id was not sent. Should that fail, the session expires.
 func (s *server) discardSession(id string) {
-	s.background.Go(func() { s.sessions.Delete(context.Background(), id) })
+	s.background.Go(func() { s.deleteSession(context.Background(), id) })
+}
+
+func (s *server) deleteSession(ctx context.Context, id string) error {
+	return s.sessionWatch.see(ctx, s.sessions.Delete(ctx, id))
 }
 
 func (s *server) signIn(w http.ResponseWriter, r *http.Request) (int, any, error) {
@@ -328,11 +337,12 @@ func (s *server) signIn(w http.ResponseWriter, r *http.Request) (int, any, error
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
 	id := newUUID()
-	if err := s.sessions.Create(ctx, id, user, s.cfg.sessionTTL); err != nil {
+	err = s.sessionWatch.see(ctx, s.sessions.Create(ctx, id, user, s.cfg.sessionTTL))
+	if err != nil {
 		return 0, nil, err
 	}
 	if old := sessionID(r); old != "" {
-		if err := s.sessions.Delete(ctx, old); err != nil && !errors.Is(err, errNoSession) {
+		if err := s.deleteSession(ctx, old); err != nil && !errors.Is(err, errNoSession) {
 			s.discardSession(id)
 			return 0, nil, err
 		}
@@ -350,7 +360,7 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 	defer cancel()
 	user, passwordHash, err := s.accounts.UserByEmail(ctx, email)
 	found := err == nil
-	if err != nil && !errors.Is(err, errUserNotFound) {
+	if s.accountWatch.see(ctx, err) != nil && !errors.Is(err, errUserNotFound) {
 		return User{}, "", err
 	}
 	account := accountOf(user)
@@ -457,7 +467,7 @@ func (s *server) showUser(w http.ResponseWriter, r *http.Request) (int, any, err
 	}
 	s.events.lookups.Add(1)
 	user, err := s.sessions.Get(r.Context(), id)
-	if err != nil {
+	if s.sessionWatch.see(r.Context(), err) != nil {
 		return 0, nil, err
 	}
 	w.Header()["X-User-Id"] = []string{user.ID}
@@ -467,7 +477,7 @@ func (s *server) showUser(w http.ResponseWriter, r *http.Request) (int, any, err
 // signOut answers 204 also where there is no session.
 func (s *server) signOut(w http.ResponseWriter, r *http.Request) (int, any, error) {
 	if id := sessionID(r); id != "" {
-		err := s.sessions.Delete(r.Context(), id)
+		err := s.deleteSession(r.Context(), id)
 		if err != nil && !errors.Is(err, errNoSession) {
 			return 0, nil, err
 		}
@@ -490,8 +500,8 @@ func (s *server) health(w http.ResponseWriter, r *http.Request) (int, any, error
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
 	sessions := make(chan error, 1)
-	go func() { sessions <- s.sessions.Ping(ctx) }()
-	if err := s.accounts.Ping(ctx); err != nil {
+	go func() { sessions <- s.sessionWatch.see(ctx, s.sessions.Ping(ctx)) }()
+	if err := s.accountWatch.see(ctx, s.accounts.Ping(ctx)); err != nil {
 		return 0, nil, err
 	}
 	if err := <-sessions; err != nil {
@@ -772,6 +782,7 @@ func (s *server) problemOf(r *http.Request, err error) *problem {
 }
 
 // storeWatch tells the operator how a store is: it counts and logs the store's errors, and logs its return.
+// It sees how each operation ends, but for ReplacePasswordHash, whose failing has a line of its own.
 type storeWatch struct {
 	store   string // its name in the log
 	log     *slog.Logger
@@ -826,53 +837,6 @@ func (w *storeWatch) away() time.Duration {
 		return 0
 	}
 	return time.Since(o.since)
-}
-
-// watchedSessions is a session store that is watched.
-type watchedSessions struct {
-	SessionStore
-	watch *storeWatch
-}
-
-func (s *watchedSessions) Create(ctx context.Context, id string, user User, ttl time.Duration) error {
-	return s.watch.see(ctx, s.SessionStore.Create(ctx, id, user, ttl))
-}
-
-func (s *watchedSessions) Get(ctx context.Context, id string) (User, error) {
-	user, err := s.SessionStore.Get(ctx, id)
-	return user, s.watch.see(ctx, err)
-}
-
-func (s *watchedSessions) Delete(ctx context.Context, id string) error {
-	return s.watch.see(ctx, s.SessionStore.Delete(ctx, id))
-}
-
-func (s *watchedSessions) Ping(ctx context.Context) error {
-	return s.watch.see(ctx, s.SessionStore.Ping(ctx))
-}
-
-// watchedAccounts is the account database, watched. ReplacePasswordHash is not: its failing has a line of
-// its own.
-type watchedAccounts struct {
-	*database
-	watch *storeWatch
-}
-
-func (a *watchedAccounts) EmailTaken(ctx context.Context, typed string) error {
-	return a.watch.see(ctx, a.database.EmailTaken(ctx, typed))
-}
-
-func (a *watchedAccounts) InsertUser(ctx context.Context, user User, typed, passwordHash string) error {
-	return a.watch.see(ctx, a.database.InsertUser(ctx, user, typed, passwordHash))
-}
-
-func (a *watchedAccounts) UserByEmail(ctx context.Context, typed string) (User, string, error) {
-	user, passwordHash, err := a.database.UserByEmail(ctx, typed)
-	return user, passwordHash, a.watch.see(ctx, err)
-}
-
-func (a *watchedAccounts) Ping(ctx context.Context) error {
-	return a.watch.see(ctx, a.database.Ping(ctx))
 }
 
 // client is who sent a request.

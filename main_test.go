@@ -2871,6 +2871,10 @@ func TestATryWithoutAVerdictCountsNothing(t *testing.T) {
 		s.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
 		os.WriteFile(s.dbPath, slices.Repeat([]byte("no database "), 1000), 0o600)
 	}
+	breakingFile := func(s *insider) { // once the email has been looked up
+		breakIt := sync.OnceFunc(func() { brokenFile(s) })
+		s.trouble = func(string) error { breakIt(); return nil }
+	}
 	for _, tt := range []struct {
 		name, route string
 		spoil       func(s *insider)
@@ -2883,6 +2887,8 @@ func TestATryWithoutAVerdictCountsNothing(t *testing.T) {
 		{"registration too busy", registerRoute, busy, time.Hour, ""},
 		{"registration whose client leaves", registerRoute, busy, time.Second, ""},
 		{"registration without accounts", registerRoute, brokenFile, time.Hour, "accounts"},
+		{"registration that loses the accounts", registerRoute, breakingFile, time.Hour, "accounts"},
+		{"health check without accounts", "GET /healthz", brokenFile, time.Hour, "accounts"},
 		{"registration without sessions", registerRoute, noSessions, time.Hour, "sessions"},
 		{"registration that comes too late to the accounts", registerRoute, slowSessions, time.Hour, ""},
 	} {
