@@ -166,11 +166,12 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}()
 	path := canonicalPath(r.URL)
 	if s.crossOrigin.Check(r) != nil {
-		s.answer(w, r, 0, nil, errCrossOrigin)
+		s.answer(w, r, 0, nil, newProblem(http.StatusForbidden, "A browser sent this from another site. "+
+			"Send it from the service's own origin. A proxy in front of it must pass on the Host header."))
 		return
 	}
 	if !s.paths[path] { // the mux would redirect some of them
-		s.answer(w, r, 0, nil, errNoRoute)
+		s.answer(w, r, 0, nil, newProblem(http.StatusNotFound, "There is nothing at this path."))
 		return
 	}
 	if path != r.URL.Path {
@@ -408,19 +409,11 @@ func (s *server) isPassword(hash, password string) bool {
 	if err == nil {
 		return true
 	}
-	for cost := costOf(hash); cost < s.cfg.bcryptCost; cost++ {
+	cost, _ := bcrypt.Cost([]byte(hash)) // of a usable hash: no error
+	for ; cost < s.cfg.bcryptCost; cost++ {
 		s.cfg.compareHash([]byte(dummyHash(cost)), []byte(password))
 	}
 	return false
-}
-
-// costOf returns the cost of a usable hash.
-func costOf(hash string) int {
-	cost, err := bcrypt.Cost([]byte(hash))
-	if err != nil { // cannot be: isUsable asks for more than bcrypt
-		panic(err)
-	}
-	return cost
 }
 
 // dummyHash has the form of a bcrypt hash. It is of no known password.
@@ -431,7 +424,8 @@ func dummyHash(cost int) string {
 // upgradeHash stores a password's hash anew if it is weaker than configured. It runs after the answer. If it
 // fails, or too many wait for bcrypt, the next sign-in tries again.
 func (s *server) upgradeHash(userID, oldHash, password string) {
-	if costOf(oldHash) >= s.cfg.bcryptCost {
+	cost, _ := bcrypt.Cost([]byte(oldHash)) // it was compared: no error
+	if cost >= s.cfg.bcryptCost {
 		return
 	}
 	newHash, err := s.hashAnew(password)
@@ -729,8 +723,6 @@ func retryLater(status int, after time.Duration, detail string) *problem {
 }
 
 var (
-	errNoRoute       = errors.New("no such route")
-	errCrossOrigin   = errors.New("cross-origin request")
 	errWrongPassword = errors.New("wrong email or password")
 	errTooBusy       = errors.New("too many sign-ins at once")
 )
@@ -756,11 +748,6 @@ func (s *server) problemOf(r *http.Request, err error) *problem {
 			"Too many tries. Wait before the next one.")
 	}
 	switch {
-	case errors.Is(err, errNoRoute):
-		return newProblem(http.StatusNotFound, "There is nothing at this path.")
-	case errors.Is(err, errCrossOrigin):
-		return newProblem(http.StatusForbidden, "A browser sent this from another site. Send it from the "+
-			"service's own origin. A proxy in front of the service must pass on the Host header.")
 	case errors.Is(err, errNoSession):
 		return newProblem(http.StatusUnauthorized, "There is no session. Sign in.")
 	case errors.Is(err, errWrongPassword):
@@ -1136,9 +1123,9 @@ func (g *gate) decide(t *try, now time.Time) bool {
 	return true
 }
 
-// look returns how long it takes until the failures so far leave room for one more, and whether they would if
-// all tries that run failed. A failure has room where afterwards at most burst intervals are left until the
-// count is empty.
+// look returns how long it takes until the failures so far leave room for one more: 0 if they do now. It also
+// tells whether there would be room if all tries that run failed. A count has room for one more failure while
+// at most burst-1 intervals are left until it is empty.
 func (g *gate) look(limits []limit, now time.Time) (wait time.Duration, roomBesideRunning bool) {
 	roomBesideRunning = true
 	for _, l := range limits {
@@ -1251,7 +1238,8 @@ func (g *gate) end(t *try) {
 	g.admit()
 }
 
-// rememberAccount exempts an account from the limit on all networks' failures where they come from this one.
+// rememberAccount notes that an account belongs to somebody in this network: other networks' failures do not
+// keep them out.
 func (g *gate) rememberAccount(account string, c client) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
