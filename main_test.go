@@ -1589,31 +1589,6 @@ func readHTTP(t testing.TB, what string, r *bufio.Reader) *reply {
 	return a
 }
 
-func TestShutdownFinishesWhatRuns(t *testing.T) {
-	t.Parallel()
-	s := start(t)
-	conn := s.dialRaw()
-	body := credentials(newEmail(), password)
-	io.WriteString(conn, strings.TrimSuffix(httpText("POST /user", body, "Expect: 100-continue"), body))
-	answers := bufio.NewReader(conn)
-	if line, err := answers.ReadString('\n'); err != nil || !strings.Contains(line, "100") {
-		t.Fatalf("got %q, %v: the handler does not read", line, err)
-	}
-	answers.ReadString('\n')
-	var stopping sync.WaitGroup
-	stopping.Go(s.stop)
-	s.log.find(t, "shutting down")
-	io.WriteString(conn, body)
-	a := readHTTP(t, "POST /user", answers)
-	if a.status != 201 || a.header.Get("Connection") != "close" {
-		t.Errorf("the request that ran: %+v, want 201 and Connection: close", a)
-	}
-	stopping.Wait()
-	if _, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://")); err == nil {
-		t.Error("a stopped service takes connections")
-	}
-}
-
 func TestTheStopIsSeenBeforeTheDoorShuts(t *testing.T) {
 	t.Parallel()
 	s := startProcess(t, "SHUTDOWN_DELAY=1s")
@@ -1666,41 +1641,58 @@ func TestShutdownFinishesTheUpgradeOfAHash(t *testing.T) {
 	}
 }
 
-func TestTheEndComesInTime(t *testing.T) {
+func TestShutdownFinishesWhatRunsInTime(t *testing.T) {
 	t.Parallel()
-	for name, second := range map[string]bool{"after 10 s": false, "at a second signal": true} {
+	const sec = time.Second
+	for name, tt := range map[string]struct {
+		cost            string
+		bodyAfter       time.Duration // 0: none
+		second          bool          // signal
+		atLeast, atMost time.Duration
+		status          int
+	}{
+		"what runs is finished":      {cost: "10", bodyAfter: sec / 2, atLeast: sec / 2, atMost: 9 * sec, status: 201},
+		"but for 10 s at most":       {cost: "15", bodyAfter: 9*sec + sec/2, atLeast: 9 * sec, atMost: 15 * sec},
+		"and not at a second signal": {cost: "15", second: true, atMost: 7 * sec},
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := startProcess(t, "BCRYPT_COST=15")
+			s := startProcess(t, "BCRYPT_COST="+tt.cost)
 			conn := s.dialRaw()
 			body := credentials(newEmail(), password)
-			fmt.Fprintf(conn, "POST /user HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"+
-				"Content-Length: %d\r\nExpect: 100-continue\r\n\r\n", len(body))
-			if n, err := conn.Read(make([]byte, 100)); err != nil { // 100: the handler reads
-				t.Fatal(n, err)
+			request := httpText("POST /user", body, "Expect: 100-continue")
+			io.WriteString(conn, strings.TrimSuffix(request, body))
+			answers := bufio.NewReader(conn)
+			if line, err := answers.ReadString('\n'); err != nil || !strings.Contains(line, "100") {
+				t.Fatalf("got %q, %v: the handler does not read", line, err)
 			}
+			answers.ReadString('\n')
 			begin := time.Now()
 			var stopping sync.WaitGroup
 			stopping.Go(s.stop) // by the first signal
 			s.log.find(t, "shutting down")
-			if !second { // the body comes late, and bcrypt has not ended when draining has
-				time.Sleep(9500*time.Millisecond - time.Since(begin))
-				io.WriteString(conn, body)
-			}
-			atLeast, atMost := 9*time.Second, 15*time.Second
-			if second {
+			if tt.second {
 				s.expectErrors() // it ends by the signal
-				atLeast, atMost = 0, 7*time.Second
 			}
-			for second && s.process.Process.Signal(syscall.SIGTERM) == nil {
+			for tt.second && s.process.Process.Signal(syscall.SIGTERM) == nil {
 				time.Sleep(5 * time.Millisecond) // the first may still be at work
 			}
-			stopping.Wait()
-			if d := time.Since(begin); d < atLeast || d > atMost {
-				t.Errorf("ended after %v, want %v to %v", d, atLeast, atMost)
+			if tt.bodyAfter > 0 {
+				time.Sleep(tt.bodyAfter - time.Since(begin))
+				io.WriteString(conn, body)
 			}
-			if !second {
-				s.log.find(t, "requests cut off")
+			if tt.status != 0 {
+				a := readHTTP(t, "POST /user", answers)
+				if a.status != tt.status || a.header.Get("Connection") != "close" {
+					t.Errorf("the request that ran: %+v, want %d and Connection: close", a, tt.status)
+				}
+			}
+			stopping.Wait()
+			if d := time.Since(begin); d < tt.atLeast || d > tt.atMost {
+				t.Errorf("ended after %v, want %v to %v", d, tt.atLeast, tt.atMost)
+			}
+			if cut := len(s.log.lines("requests cut off")) > 0; cut != (tt.atLeast > 5*time.Second) {
+				t.Errorf("requests are cut off: %t\n%s", cut, s.log)
 			}
 		})
 	}
