@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
+	"expvar"
 	"fmt"
 	"io"
 	"log/slog"
@@ -51,28 +52,24 @@ const (
 
 // server answers requests.
 type server struct {
-	cfg         serverConfig
-	accounts    *watchedAccounts
-	sessions    *watchedSessions
-	gate        *gate
-	log         *slog.Logger
-	repeats     *repeats
-	mux         *http.ServeMux
-	paths       map[string]bool // that have a route
-	crossOrigin http.CrossOriginProtection
-	draining    atomic.Bool    // the service is about to stop: each answer closes its connection
-	background  sync.WaitGroup // work that goes on after its answer
-	warnOfProxy sync.Once
-	started     time.Time
-	inFlight    atomic.Int64 // requests
-	answers     sync.Map     // of answerKind to *atomic.Int64
-	events      serverEvents
-}
-
-// answerKind is what answers are counted by.
-type answerKind struct {
-	pattern string // of the route, "" where there is none
-	status  int
+	cfg          serverConfig
+	accounts     *database
+	sessions     SessionStore
+	gate         *gate
+	log          *slog.Logger
+	repeats      *repeats
+	accountWatch *storeWatch
+	sessionWatch *storeWatch
+	mux          *http.ServeMux
+	paths        map[string]bool // that have a route
+	crossOrigin  http.CrossOriginProtection
+	draining     atomic.Bool    // the service is about to stop: each answer closes its connection
+	background   sync.WaitGroup // work that goes on after its answer
+	warnOfProxy  sync.Once
+	started      time.Time
+	inFlight     atomic.Int64 // requests
+	answers      expvar.Map   // how many, by route and status
+	events       serverEvents
 }
 
 // serverEvents counts since the start.
@@ -92,15 +89,17 @@ type handler func(w http.ResponseWriter, r *http.Request) (status int, body any,
 func newServer(cfg serverConfig, db *database, sessions SessionStore, log *slog.Logger) *server {
 	repeats := newRepeats(log)
 	s := &server{
-		cfg:      cfg,
-		accounts: &watchedAccounts{db, &storeWatch{store: "accounts", log: log, repeats: repeats}},
-		sessions: &watchedSessions{sessions, &storeWatch{store: "sessions", log: log, repeats: repeats}},
-		gate:     newGate(cfg.bcryptSlots),
-		log:      log,
-		repeats:  repeats,
-		mux:      http.NewServeMux(),
-		paths:    map[string]bool{},
-		started:  time.Now(),
+		cfg:          cfg,
+		accounts:     db,
+		sessions:     sessions,
+		gate:         newGate(cfg.bcryptSlots),
+		log:          log,
+		repeats:      repeats,
+		accountWatch: &storeWatch{store: "accounts", log: log, repeats: repeats},
+		sessionWatch: &storeWatch{store: "sessions", log: log, repeats: repeats},
+		mux:          http.NewServeMux(),
+		paths:        map[string]bool{},
+		started:      time.Now(),
 	}
 	s.route("/user", map[string]handler{"GET": s.showUser, "POST": s.register})
 	s.route("/user/signin", map[string]handler{"POST": s.signIn})
@@ -134,22 +133,9 @@ func (s *server) handle(pattern string, handle handler) {
 	})
 }
 
-func (s *server) countAnswer(kind answerKind) {
-	count, ok := s.answers.Load(kind)
-	if !ok {
-		count, _ = s.answers.LoadOrStore(kind, new(atomic.Int64))
-	}
-	count.(*atomic.Int64).Add(1)
-}
-
 // metrics returns by name what was counted since the start (…_total), and what is going on.
 func (s *server) metrics() map[string]any {
 	running, waiting := s.gate.load()
-	answers := map[string]int64{}
-	for kind, count := range s.answers.Range {
-		name := fmt.Sprintf("%s %d", kind.(answerKind).pattern, kind.(answerKind).status)
-		answers[strings.TrimSpace(name)] = count.(*atomic.Int64).Load()
-	}
 	return map[string]any{
 		"session_lookups_total":      s.events.lookups.Load(),
 		"registered_total":           s.events.registered.Load(),
@@ -158,15 +144,15 @@ func (s *server) metrics() map[string]any {
 		"sign_ins_refused_total":     s.events.refused.Load(),
 		"throttled_total":            s.events.throttled.Load(),
 		"too_busy_total":             s.events.tooBusy.Load(),
-		"session_store_errors_total": s.sessions.watch.errors.Load(),
-		"account_store_errors_total": s.accounts.watch.errors.Load(),
-		"answers_total":              answers,
+		"session_store_errors_total": s.sessionWatch.errors.Load(),
+		"account_store_errors_total": s.accountWatch.errors.Load(),
+		"answers_total":              json.RawMessage(s.answers.String()),
 		"bcrypts_running":            running,
 		"sign_ins_waiting":           waiting,
 		"requests_in_flight":         s.inFlight.Load(),
 		"uptime_seconds":             time.Since(s.started).Seconds(),
-		"sessions_away_seconds":      s.sessions.watch.away().Seconds(),
-		"accounts_away_seconds":      s.accounts.watch.away().Seconds(),
+		"sessions_away_seconds":      s.sessionWatch.away().Seconds(),
+		"accounts_away_seconds":      s.accountWatch.away().Seconds(),
 	}
 }
 
@@ -180,11 +166,12 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}()
 	path := canonicalPath(r.URL)
 	if s.crossOrigin.Check(r) != nil {
-		s.answer(w, r, 0, nil, errCrossOrigin)
+		s.answer(w, r, 0, nil, newProblem(http.StatusForbidden, "A browser sent this from another site. "+
+			"Send it from the service's own origin. A proxy in front of it must pass on the Host header."))
 		return
 	}
 	if !s.paths[path] { // the mux would redirect some of them
-		s.answer(w, r, 0, nil, errNoRoute)
+		s.answer(w, r, 0, nil, newProblem(http.StatusNotFound, "There is nothing at this path."))
 		return
 	}
 	if path != r.URL.Path {
@@ -224,15 +211,12 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, status int, body
 		body = p
 		contentType = "application/problem+json"
 	}
-	s.countAnswer(answerKind{r.Pattern, status})
+	s.answers.Add(strings.TrimSpace(r.Pattern+" "+strconv.Itoa(status)), 1) // no pattern: no route
 	if body == nil {
 		w.WriteHeader(status)
 		return
 	}
-	text, err := json.Marshal(body)
-	if err != nil { // cannot be: it is structs and maps of strings
-		panic(err)
-	}
+	text, _ := json.Marshal(body) // structs and maps of strings: it cannot fail
 	header["Content-Type"] = []string{contentType}
 	w.WriteHeader(status)
 	w.Write(text)
@@ -267,7 +251,7 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	}
 	s.gate.rememberAccount(accountOf(user), client)
 	if old := sessionID(r); old != "" {
-		s.sessions.Delete(ctx, old) // if that fails, the log says so; the account is made
+		s.deleteSession(ctx, old) // if that fails, the log says so; the account is made
 	}
 	s.events.registered.Add(1)
 	s.log.Info("registered", "user", user.ID, "client", client.addr)
@@ -287,7 +271,7 @@ func (s *server) hashForRegistration(
 		return "", err
 	}
 	defer try.freeSlot()
-	if err := s.accounts.EmailTaken(ctx, form["email"]); err != nil {
+	if err := s.accountWatch.see(ctx, s.accounts.EmailTaken(ctx, form["email"])); err != nil {
 		if errors.Is(err, errEmailTaken) {
 			try.fail()
 		}
@@ -315,10 +299,11 @@ func (s *server) createAccount(
 		UpdatedAt: now,
 	}
 	id = newUUID()
-	if err := s.sessions.Create(ctx, id, user, s.cfg.sessionTTL); err != nil {
+	err = s.sessionWatch.see(ctx, s.sessions.Create(ctx, id, user, s.cfg.sessionTTL))
+	if err != nil {
 		return User{}, "", err
 	}
-	err = s.accounts.InsertUser(ctx, user, form["email"], passwordHash)
+	err = s.accountWatch.see(ctx, s.accounts.InsertUser(ctx, user, form["email"], passwordHash))
 	if err == nil || errors.Is(err, errEmailTaken) {
 		try.fail() // registrations count, whatever comes of them
 	}
@@ -331,7 +316,11 @@ func (s *server) createAccount(
 
 // discardSession deletes a session whose id was not sent. Should that fail, the session expires.
 func (s *server) discardSession(id string) {
-	s.background.Go(func() { s.sessions.Delete(context.Background(), id) })
+	s.background.Go(func() { s.deleteSession(context.Background(), id) })
+}
+
+func (s *server) deleteSession(ctx context.Context, id string) error {
+	return s.sessionWatch.see(ctx, s.sessions.Delete(ctx, id))
 }
 
 func (s *server) signIn(w http.ResponseWriter, r *http.Request) (int, any, error) {
@@ -349,11 +338,12 @@ func (s *server) signIn(w http.ResponseWriter, r *http.Request) (int, any, error
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
 	id := newUUID()
-	if err := s.sessions.Create(ctx, id, user, s.cfg.sessionTTL); err != nil {
+	err = s.sessionWatch.see(ctx, s.sessions.Create(ctx, id, user, s.cfg.sessionTTL))
+	if err != nil {
 		return 0, nil, err
 	}
 	if old := sessionID(r); old != "" {
-		if err := s.sessions.Delete(ctx, old); err != nil && !errors.Is(err, errNoSession) {
+		if err := s.deleteSession(ctx, old); err != nil && !errors.Is(err, errNoSession) {
 			s.discardSession(id)
 			return 0, nil, err
 		}
@@ -371,7 +361,7 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 	defer cancel()
 	user, passwordHash, err := s.accounts.UserByEmail(ctx, email)
 	found := err == nil
-	if err != nil && !errors.Is(err, errUserNotFound) {
+	if s.accountWatch.see(ctx, err) != nil && !errors.Is(err, errUserNotFound) {
 		return User{}, "", err
 	}
 	account := accountOf(user)
@@ -419,19 +409,11 @@ func (s *server) isPassword(hash, password string) bool {
 	if err == nil {
 		return true
 	}
-	for cost := costOf(hash); cost < s.cfg.bcryptCost; cost++ {
+	cost, _ := bcrypt.Cost([]byte(hash)) // of a usable hash: no error
+	for ; cost < s.cfg.bcryptCost; cost++ {
 		s.cfg.compareHash([]byte(dummyHash(cost)), []byte(password))
 	}
 	return false
-}
-
-// costOf returns the cost of a usable hash.
-func costOf(hash string) int {
-	cost, err := bcrypt.Cost([]byte(hash))
-	if err != nil { // cannot be: isUsable asks for more than bcrypt
-		panic(err)
-	}
-	return cost
 }
 
 // dummyHash has the form of a bcrypt hash. It is of no known password.
@@ -442,7 +424,8 @@ func dummyHash(cost int) string {
 // upgradeHash stores a password's hash anew if it is weaker than configured. It runs after the answer. If it
 // fails, or too many wait for bcrypt, the next sign-in tries again.
 func (s *server) upgradeHash(userID, oldHash, password string) {
-	if costOf(oldHash) >= s.cfg.bcryptCost {
+	cost, _ := bcrypt.Cost([]byte(oldHash)) // it was compared: no error
+	if cost >= s.cfg.bcryptCost {
 		return
 	}
 	newHash, err := s.hashAnew(password)
@@ -478,7 +461,7 @@ func (s *server) showUser(w http.ResponseWriter, r *http.Request) (int, any, err
 	}
 	s.events.lookups.Add(1)
 	user, err := s.sessions.Get(r.Context(), id)
-	if err != nil {
+	if s.sessionWatch.see(r.Context(), err) != nil {
 		return 0, nil, err
 	}
 	w.Header()["X-User-Id"] = []string{user.ID}
@@ -488,7 +471,7 @@ func (s *server) showUser(w http.ResponseWriter, r *http.Request) (int, any, err
 // signOut answers 204 also where there is no session.
 func (s *server) signOut(w http.ResponseWriter, r *http.Request) (int, any, error) {
 	if id := sessionID(r); id != "" {
-		err := s.sessions.Delete(r.Context(), id)
+		err := s.deleteSession(r.Context(), id)
 		if err != nil && !errors.Is(err, errNoSession) {
 			return 0, nil, err
 		}
@@ -511,8 +494,8 @@ func (s *server) health(w http.ResponseWriter, r *http.Request) (int, any, error
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
 	sessions := make(chan error, 1)
-	go func() { sessions <- s.sessions.Ping(ctx) }()
-	if err := s.accounts.Ping(ctx); err != nil {
+	go func() { sessions <- s.sessionWatch.see(ctx, s.sessions.Ping(ctx)) }()
+	if err := s.accountWatch.see(ctx, s.accounts.Ping(ctx)); err != nil {
 		return 0, nil, err
 	}
 	if err := <-sessions; err != nil {
@@ -740,8 +723,6 @@ func retryLater(status int, after time.Duration, detail string) *problem {
 }
 
 var (
-	errNoRoute       = errors.New("no such route")
-	errCrossOrigin   = errors.New("cross-origin request")
 	errWrongPassword = errors.New("wrong email or password")
 	errTooBusy       = errors.New("too many sign-ins at once")
 )
@@ -767,11 +748,6 @@ func (s *server) problemOf(r *http.Request, err error) *problem {
 			"Too many tries. Wait before the next one.")
 	}
 	switch {
-	case errors.Is(err, errNoRoute):
-		return newProblem(http.StatusNotFound, "There is nothing at this path.")
-	case errors.Is(err, errCrossOrigin):
-		return newProblem(http.StatusForbidden, "A browser sent this from another site. Send it from the "+
-			"service's own origin. A proxy in front of the service must pass on the Host header.")
 	case errors.Is(err, errNoSession):
 		return newProblem(http.StatusUnauthorized, "There is no session. Sign in.")
 	case errors.Is(err, errWrongPassword):
@@ -793,6 +769,7 @@ func (s *server) problemOf(r *http.Request, err error) *problem {
 }
 
 // storeWatch tells the operator how a store is: it counts and logs the store's errors, and logs its return.
+// It sees how each operation ends, but for ReplacePasswordHash, whose failing has a line of its own.
 type storeWatch struct {
 	store   string // its name in the log
 	log     *slog.Logger
@@ -847,53 +824,6 @@ func (w *storeWatch) away() time.Duration {
 		return 0
 	}
 	return time.Since(o.since)
-}
-
-// watchedSessions is a session store that is watched.
-type watchedSessions struct {
-	SessionStore
-	watch *storeWatch
-}
-
-func (s *watchedSessions) Create(ctx context.Context, id string, user User, ttl time.Duration) error {
-	return s.watch.see(ctx, s.SessionStore.Create(ctx, id, user, ttl))
-}
-
-func (s *watchedSessions) Get(ctx context.Context, id string) (User, error) {
-	user, err := s.SessionStore.Get(ctx, id)
-	return user, s.watch.see(ctx, err)
-}
-
-func (s *watchedSessions) Delete(ctx context.Context, id string) error {
-	return s.watch.see(ctx, s.SessionStore.Delete(ctx, id))
-}
-
-func (s *watchedSessions) Ping(ctx context.Context) error {
-	return s.watch.see(ctx, s.SessionStore.Ping(ctx))
-}
-
-// watchedAccounts is the account database, watched. ReplacePasswordHash is not: its failing has a line of
-// its own.
-type watchedAccounts struct {
-	*database
-	watch *storeWatch
-}
-
-func (a *watchedAccounts) EmailTaken(ctx context.Context, typed string) error {
-	return a.watch.see(ctx, a.database.EmailTaken(ctx, typed))
-}
-
-func (a *watchedAccounts) InsertUser(ctx context.Context, user User, typed, passwordHash string) error {
-	return a.watch.see(ctx, a.database.InsertUser(ctx, user, typed, passwordHash))
-}
-
-func (a *watchedAccounts) UserByEmail(ctx context.Context, typed string) (User, string, error) {
-	user, passwordHash, err := a.database.UserByEmail(ctx, typed)
-	return user, passwordHash, a.watch.see(ctx, err)
-}
-
-func (a *watchedAccounts) Ping(ctx context.Context) error {
-	return a.watch.see(ctx, a.database.Ping(ctx))
 }
 
 // client is who sent a request.
@@ -1193,9 +1123,9 @@ func (g *gate) decide(t *try, now time.Time) bool {
 	return true
 }
 
-// look returns how long it takes until the failures so far leave room for one more, and whether they would if
-// all tries that run failed. A failure has room where afterwards at most burst intervals are left until the
-// count is empty.
+// look returns how long it takes until the failures so far leave room for one more: 0 if they do now. It also
+// tells whether there would be room if all tries that run failed. A count has room for one more failure while
+// at most burst-1 intervals are left until it is empty.
 func (g *gate) look(limits []limit, now time.Time) (wait time.Duration, roomBesideRunning bool) {
 	roomBesideRunning = true
 	for _, l := range limits {
@@ -1308,7 +1238,8 @@ func (g *gate) end(t *try) {
 	g.admit()
 }
 
-// rememberAccount exempts an account from the limit on all networks' failures where they come from this one.
+// rememberAccount notes that an account belongs to somebody in this network: other networks' failures do not
+// keep them out.
 func (g *gate) rememberAccount(account string, c client) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

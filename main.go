@@ -25,6 +25,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unicode"
@@ -464,16 +465,9 @@ func checkHealth(addr string) error {
 // lineWriter writes the log's lines in a goroutine of its own, so that nobody who logs waits for standard
 // error: its pipe may be full, and nobody may ever read it. What finds the queue full is dropped.
 type lineWriter struct {
-	queue   chan logLine
-	mu      sync.Mutex
-	dropped int // since the last line that found room
-}
-
-// logLine is a line to write, or the end of all.
-type logLine struct {
-	text    []byte
-	dropped int           // how many lines before it found the queue full
-	written chan struct{} // of the end: is closed once all before it is written
+	queue   chan []byte   // lines; nil is the end
+	dropped atomic.Int64  // lines, since a line last told
+	ended   chan struct{} // closed once all before the end is written
 }
 
 const (
@@ -482,50 +476,44 @@ const (
 )
 
 func newLineWriter(w io.Writer) *lineWriter {
-	l := &lineWriter{queue: make(chan logLine, maxLogLines)}
+	l := &lineWriter{queue: make(chan []byte, maxLogLines), ended: make(chan struct{})}
 	go l.run(w)
 	return l
 }
 
 // Write takes a line of slog's, and never waits.
-func (l *lineWriter) Write(text []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
+func (l *lineWriter) Write(line []byte) (int, error) {
 	select {
-	case l.queue <- logLine{text: bytes.Clone(text), dropped: l.dropped}:
-		l.dropped = 0
+	case l.queue <- bytes.Clone(line):
 	default:
-		l.dropped++
+		l.dropped.Add(1)
 	}
-	return len(text), nil
+	return len(line), nil
 }
 
 // run writes lines until the end. A line that could not be written whole counts as dropped, and the next one
 // tells how many were.
 func (l *lineWriter) run(w io.Writer) {
-	dropped := 0
+	defer close(l.ended)
 	cut := false // inside a line
 	for line := range l.queue {
-		dropped += line.dropped
 		var out bytes.Buffer
 		if cut {
 			out.WriteByte('\n')
 		}
+		dropped := l.dropped.Swap(0)
 		if dropped > 0 {
 			slog.New(slog.NewJSONHandler(&out, nil)).Warn("log lines dropped", "dropped", dropped)
 		}
-		out.Write(line.text)
+		out.Write(line)
 		n, err := w.Write(out.Bytes())
 		if n > 0 {
 			cut = out.Bytes()[n-1] != '\n'
 		}
 		if err != nil {
-			dropped++
-		} else {
-			dropped = 0
+			l.dropped.Add(dropped + 1)
 		}
-		if line.written != nil {
-			close(line.written)
+		if line == nil {
 			return
 		}
 	}
@@ -534,16 +522,13 @@ func (l *lineWriter) run(w io.Writer) {
 // close waits until all lines so far are written, but not for long.
 func (l *lineWriter) close() {
 	timeout := time.After(logPatience)
-	l.mu.Lock()
-	end := logLine{dropped: l.dropped, written: make(chan struct{})}
-	l.mu.Unlock()
 	select {
-	case l.queue <- end:
+	case l.queue <- nil:
 	case <-timeout:
 		return
 	}
 	select {
-	case <-end.written:
+	case <-l.ended:
 	case <-timeout:
 	}
 }
