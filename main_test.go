@@ -3520,14 +3520,14 @@ func testSessionStore(t *testing.T, store SessionStore) {
 	create(user, time.Hour) // SQLite sweeps then
 	none(short)
 
-	together(200, func(i int) { // each gets its own
+	together(50, func(i int) { // each gets its own
 		user := testUser(i)
 		id := create(user, time.Hour)
 		for range 10 {
 			some(id, user)
 		}
 	})
-	for range 20 { // deleted while it is read
+	for range 5 { // deleted while it is read
 		id := create(user, time.Hour)
 		var deleted atomic.Bool
 		together(9, func(i int) {
@@ -3559,22 +3559,6 @@ var storeCalls = map[string]func(store SessionStore, id string) error{
 	},
 	"Delete": func(store SessionStore, id string) error { return store.Delete(context.Background(), id) },
 	"Ping":   func(store SessionStore, _ string) error { return store.Ping(context.Background()) },
-}
-
-func TestTroubleIsNotAbsence(t *testing.T) {
-	db := openTestDatabase(t)
-	db.Close()
-	for name, store := range map[string]SessionStore{
-		"redis":  openRedisSessions(t, "redis://127.0.0.1:"+freePort()),
-		"sqlite": &sqliteSessions{db},
-	} {
-		for what, call := range storeCalls {
-			err := call(store, newUUID())
-			if err == nil || errors.Is(err, errNoSession) || name == "redis" && !errors.Is(err, errUnavailable) {
-				t.Errorf("%s %s of a store that is away: %v", name, what, err)
-			}
-		}
-	}
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -3720,7 +3704,6 @@ func wantOwn(t testing.TB, store *redisSessions) {
 
 func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
 	t.Parallel()
-	const endless = "$1000000000\r\n"
 	long := bulkString(strings.Repeat("x", 300_000))
 	field := bulkString("field") + bulkString(strings.Repeat("x", 40_000))
 	nested := strings.Repeat("*2\r\n:1\r\n", 1000) + ":1\r\n"
@@ -3747,18 +3730,14 @@ func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
 		{name: "an id and more", at: "HGETALL", reply: "*4\r\n$2\r\nid\r\n$1\r\n7\r\n$1\r\nx\r\n" + nested},
 
 		{name: "a number for a hash", at: "HGETALL", reply: ":1\r\n", then: ends},
-		{name: "nothing for a hash", at: "HGETALL", reply: "$-1\r\n", then: ends},
 		{name: "no array for a hash", at: "HGETALL", reply: "*-1\r\n", then: ends},
 		{name: "half a pair for a hash", at: "HGETALL", reply: "*1\r\n$2\r\nid\r\n", then: ends},
-		{name: "numbers for a hash", at: "HGETALL", reply: "*2\r\n:1\r\n:2\r\n", then: ends},
 		{name: "an array for a name", at: "HGETALL", reply: "*2\r\n*0\r\n:1\r\n", then: ends},
 		{name: "text for a deletion", at: "DEL", reply: bulkString("1"), then: ends},
-		{name: "OK for a deletion", at: "DEL", reply: "+OK\r\n", then: ends},
 		{name: "an error without words", at: "DEL", reply: "-\r\n", then: ends},
 		{name: "less than nothing", at: "DEL", reply: ":-1\r\n", then: ends},
 		{name: "nothing for a creation", at: "EXEC", reply: "*-1\r\n", then: ends},
 		{name: "one reply for a creation", at: "EXEC", reply: "*1\r\n:5\r\n", then: ends},
-		{name: "three for a creation", at: "EXEC", reply: "*3\r\n:5\r\n:1\r\n:1\r\n", then: ends},
 		{name: "text for a creation", at: "EXEC", reply: "*2\r\n$1\r\n5\r\n$1\r\n1\r\n", then: ends},
 		{name: "a creation that is not queued", at: "HSET", reply: ":5\r\n", then: ends},
 		{name: "garbage", at: "HGETALL", reply: "HTTP/1.1 400 Bad Request\r\n\r\n", then: ends},
@@ -3768,32 +3747,24 @@ func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
 		{name: "no session", at: "DEL", reply: ":0\r\n", want: errNoSession},
 		{name: "another type", at: "HGETALL", reply: "-WRONGTYPE of value\r\n", want: errNoSession},
 		{name: "a refused lookup", at: "HGETALL", reply: "-NOPERM\r\n", want: errRefused},
-		{name: "a refused deletion", at: "DEL", reply: "-NOPERM\r\n", want: errRefused},
-		{name: "a refused transaction", at: "MULTI", reply: "-NOPERM\r\n", want: errRefused},
 		{name: "a refused hash", at: "HSET", reply: "-OOM\r\n", want: errRefused},
-		{name: "a refused expiry", at: "EXPIRE", reply: "-NOPERM\r\n", want: errRefused},
 		{name: "a refused execution", at: "EXEC", reply: "-EXECABORT\r\n", want: errRefused},
 		{name: "an end that is refused", at: "EXEC", reply: "*2\r\n:5\r\n-NOPERM\r\n", want: errRefused},
 		{name: "an end that is none", at: "EXEC", reply: "*2\r\n:5\r\n:0\r\n", want: errRefused},
 
 		{name: "a value too long", at: "HGETALL", reply: "*2\r\n$2\r\nid\r\n" + long, then: ends},
 		{name: "a name too long", at: "HGETALL", reply: "*2\r\n" + long + "$1\r\nx\r\n", then: ends},
-		{name: "too long to skip", at: "HGETALL", reply: "*2\r\n$1\r\nx\r\n" + endless, then: ends},
 		{name: "too long together", at: "HGETALL", reply: "*2000\r\n" + strings.Repeat(field, 10), then: ends},
-		{name: "a length of 20 digits", at: "HGETALL", reply: "*99999999999999999999\r\n", then: ends},
 		{name: "an endless line", at: "HGETALL", reply: "-" + strings.Repeat("x", 20_000), then: ends},
 		{name: "endless nesting", at: "HGETALL", reply: "*2\r\n$1\r\nx\r\n" + deep, then: ends},
 
 		{name: "another's nonce", call: "Get", at: "ECHO", reply: bulkString("another's"), then: tried},
 		{name: "a refused nonce", call: "Ping", at: "ECHO", reply: "-NOPERM\r\n", want: errRefused, then: tried},
-		{name: "a number for a nonce", call: "Delete", at: "ECHO", reply: ":1\r\n", then: tried},
 		{name: "no nonce", call: "Create", at: "ECHO", reply: "$-1\r\n", then: tried},
 		{name: "a reply too many", at: "HGETALL", reply: "*0\r\n*0\r\n", then: tried},
 		{name: "cut", at: "HGETALL", reply: cutOff, then: tried},
-		{name: "cut before the nonce", call: "Delete", at: "ECHO", reply: cutOff, then: tried},
 		{name: "a creation that is cut", at: "HSET", reply: cutOff, then: tried},
 		{name: "a reply too few", at: "HGETALL", reply: "", then: silent},
-		{name: "half a reply", at: "HGETALL", reply: "*2\r\n$2\r\nid", then: silent},
 		{name: "silence", call: "Create", at: "ECHO", reply: "", then: silent},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -3899,21 +3870,6 @@ func TestAReplyThatNobodyAskedForEndsTheConnection(t *testing.T) {
 	}
 }
 
-func TestNothingThatTimedOutIsSentAgain(t *testing.T) {
-	t.Parallel()
-	f := startFakeRedis(t, func([]string) string { return "" })
-	store := openRedisSessions(t, f.url())
-	together(3, func(i int) {
-		time.Sleep(replyTimeout * time.Duration(i) / 4) // some have time left when the first has none
-		if err := storeCalls["Get"](store, newUUID()); !errors.Is(err, errUnavailable) {
-			t.Errorf("Get: %v, want errUnavailable", err)
-		}
-	})
-	if n := f.seen("HGETALL"); n != 3 {
-		t.Errorf("3 lookups were sent as %d", n)
-	}
-}
-
 func TestWhatWaitsForRedisIsBounded(t *testing.T) { // not in parallel: it keeps the machine busy
 	silent := startFakeRedis(t, plainReply)
 	silent.mute = true
@@ -3959,54 +3915,6 @@ func TestWhatWaitsForRedisIsBounded(t *testing.T) { // not in parallel: it keeps
 		}
 		first.Wait()
 	}
-}
-
-func TestCloseTellsWhatWaits(t *testing.T) {
-	t.Parallel()
-	for name, mute := range map[string]bool{"for replies": false, "for a connection": true} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			f := startFakeRedis(t, func([]string) string { return "" })
-			f.mute = mute
-			store := openRedisSessions(t, f.url())
-			var waiting sync.WaitGroup
-			for range 10 {
-				waiting.Go(func() {
-					_, err := store.Get(t.Context(), newUUID())
-					if !errors.Is(err, errUnavailable) || !mute && !errors.Is(err, errClosed) {
-						t.Errorf("Get: %v, want errClosed", err)
-					}
-				})
-			}
-			eventually(t, 10*time.Second, "the lookups wait", func() bool {
-				dialed, _ := f.connections()
-				return dialed == 1 && (mute || f.seen("HGETALL") == 10)
-			})
-			store.Close()
-			waiting.Wait()
-			for what, call := range storeCalls {
-				if err := call(store, newUUID()); !errors.Is(err, errClosed) || !errors.Is(err, errUnavailable) {
-					t.Errorf("%s after Close: %v, want errClosed", what, err)
-				}
-			}
-			eventually(t, 10*time.Second, "no connection is left", func() bool {
-				dialed, open := f.connections()
-				return dialed == 1 && open == 0
-			})
-		})
-	}
-}
-
-// fakeSentinel names the address of a primary, or says something else.
-func fakeSentinel(t testing.TB, reply string) *fakeRedis {
-	t.Helper()
-	return startFakeRedis(t, func(command []string) string { return reply })
-}
-
-// primaryAt is a sentinel's reply.
-func primaryAt(addr string) string {
-	host, port, _ := net.SplitHostPort(addr)
-	return "*2\r\n" + bulkString(host) + bulkString(port)
 }
 
 func TestRedisURLs(t *testing.T) {
@@ -4181,26 +4089,6 @@ func TestAnOldPrimaryIsLeft(t *testing.T) {
 	})
 }
 
-// startHangUp takes connections, and closes each when something is sent on it.
-func startHangUp(t *testing.T) (addr string) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			conn.Read(make([]byte, 1))
-			conn.(*net.TCPConn).CloseWrite()
-		}
-	}()
-	return l.Addr().String()
-}
-
 func TestWhatCannotBeConnectedIsNamed(t *testing.T) {
 	t.Parallel()
 	says := func(reply string) string {
@@ -4212,12 +4100,9 @@ func TestWhatCannotBeConnectedIsNamed(t *testing.T) {
 	for _, tt := range []struct{ login, addr, cause string }{
 		{"", gone, "connection refused"},
 		{"", "no-such-host.invalid:6379", "no such host"},
-		{"", startHangUp(t), "ECHO: closed the connection"},
 		{"", silent.addr, "connecting takes longer than a request can wait"},
-		{":password@", startHangUp(t), "AUTH: closed the connection"},
+		{":password@", says(cutOff), "AUTH: closed the connection"},
 		{":password@", says("-WRONGPASS no\r\n"), "WRONGPASS no"},
-		{":password@", says("$99999999999999999999\r\n"), "AUTH: a reply of the wrong shape"},
-		{":password@", says("*1000000000\r\n"), "AUTH: a reply of the wrong shape"},
 		{":password@", says(strings.Repeat("+", 20_000)), "AUTH: a reply larger than any session"},
 		{":password@", says("HTTP/1.1 400 Bad Request\r\n\r\n"), "AUTH: a reply of the wrong shape"},
 	} {
@@ -4237,38 +4122,6 @@ func TestWhatCannotBeConnectedIsNamed(t *testing.T) {
 		eventually(t, 10*time.Second, "the second one answers", func() bool { return store.Ping(t.Context()) == nil })
 		if took := time.Since(began); took > 3*time.Second {
 			t.Errorf("answered after %v, want 3 s at most", took)
-		}
-	})
-	t.Run("a node of a cluster is gone", func(t *testing.T) {
-		t.Parallel()
-		id := newUUID()
-		moved := fmt.Sprintf("-MOVED %d %s", slotOf(sessionKey(id)), gone)
-		entry := fakeCluster(t, "", map[string][]string{"HGETALL": slices.Repeat([]string{moved}, 3)})[0]
-		store := openRedisSessions(t, entry.url())
-		_, err := store.Get(t.Context(), id)
-		if want := gone + ": connect: connection refused"; !strings.Contains(fmt.Sprint(err), want) {
-			t.Errorf("Get: %v, want %s", err, want)
-		}
-		wantOwn(t, store)
-		if _, err := store.Get(t.Context(), id); err != nil { // the entry has it now
-			t.Errorf("Get: %v", err)
-		}
-	})
-	t.Run("a node of a cluster wants another password", func(t *testing.T) {
-		t.Parallel()
-		id := newUUID()
-		nodes := fakeCluster(t, sessionKey(id),
-			map[string][]string{"HGETALL": slices.Repeat([]string{"-MOVED SLOT #1"}, 9999)},
-			map[string][]string{"AUTH": slices.Repeat([]string{"-WRONGPASS"}, 9999)})
-		store := openRedisSessions(t, "redis://:password@"+nodes[0].addr)
-		began := time.Now()
-		for range 200 {
-			if _, err := store.Get(t.Context(), id); !isRefusal(err, "WRONGPASS") {
-				t.Errorf("Get: %v, want WRONGPASS", err)
-			}
-		}
-		if n, most := nodes[1].seen("AUTH"), int(time.Since(began)/attemptPause)+1; n > most {
-			t.Errorf("%d logins, want %d at most", n, most)
 		}
 	})
 }
@@ -4329,7 +4182,6 @@ func TestRedirections(t *testing.T) {
 		{name: "none", nodes: []script{nil}, sent: "LL"},
 		{name: "MOVED is remembered", nodes: []script{get(moved), nil}, sent: "L|LL"},
 		{name: "ASK is not", nodes: []script{get(ask, ask), nil}, sent: "LL|ALAL"},
-		{name: "no host", nodes: []script{get("-MOVED SLOT :PORT1"), nil}, sent: "L|LL"},
 		{name: "an unknown host", nodes: []script{get("-MOVED SLOT ?:PORT1"), nil}, sent: "L|LL"},
 		{name: "five", nodes: []script{get(moved), get("-MOVED SLOT #2"), get("-ASK SLOT #3"), get("-ASK SLOT #4"),
 			get("-MOVED SLOT #5"), nil}, sent: "L|L|L|AL|AL|LL"},
@@ -4344,12 +4196,9 @@ func TestRedirections(t *testing.T) {
 			nodes: []script{{"HSET": {ask}, "EXPIRE": {ask}, "EXEC": {aborted}}, nil}, sent: "CC|AC"},
 
 		{name: "no right to ASKING", nodes: []script{get(ask), {"ASKING": {"-NOPERM"}}}, want: errRefused, sent: "LL|AL"},
-		{name: "nowhere", nodes: []script{get("-MOVED")}, want: errRefused, sent: "LL"},
 		{name: "no slot", nodes: []script{get("-MOVED #1"), nil}, want: errRefused, sent: "LL|"},
-		{name: "no number", nodes: []script{get("-MOVED x #1"), nil}, want: errRefused, sent: "LL|"},
 		{name: "past the last slot", nodes: []script{get("-MOVED 16384 #1"), nil}, want: errRefused, sent: "LL|"},
 		{name: "no port", nodes: []script{get("-ASK SLOT localhost"), nil}, want: errRefused, sent: "LL|"},
-		{name: "keys on the way", nodes: []script{get("-TRYAGAIN")}, want: errRefused, sent: "LL"},
 		{name: "no slots", call: "Delete", nodes: []script{{"DEL": {"-CLUSTERDOWN"}}}, want: errRefused, sent: "DD"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -4380,27 +4229,6 @@ func TestRedirections(t *testing.T) {
 	_, _, addr := parseRedirection(&refusedError{"redis:6379", "MOVED 3999 2001:db8::1:6381"})
 	if addr != "[2001:db8::1]:6381" {
 		t.Errorf("an IPv6 address is read as %s", addr)
-	}
-}
-
-func TestWhatIsMovedToItselfConnectsAnewOnce(t *testing.T) {
-	t.Parallel()
-	id := newUUID()
-	var f *fakeRedis
-	f = startFakeRedis(t, func(command []string) string {
-		if f.dialed < 3 && command[0] == "HGETALL" { // the third connection reaches the right machine
-			return fmt.Sprintf("-MOVED %d %s\r\n", slotOf(sessionKey(id)), f.addr)
-		}
-		return plainReply(command)
-	})
-	store := openRedisSessions(t, f.url())
-	together(200, func(int) {
-		if user, err := store.Get(t.Context(), id); err != nil || user.ID != sessionKey(id) {
-			t.Errorf("Get: %v, %v", user, err)
-		}
-	})
-	if n, _ := f.connections(); n != 3 {
-		t.Errorf("%d connections, want 3", n)
 	}
 }
 
@@ -4462,14 +4290,14 @@ func leastRights(more ...string) []string {
 		"+hset", "+expire", "+hgetall", "+del", "+multi", "+exec", "+echo"}, more...)
 }
 
-func startCluster(t testing.TB, options ...string) *redisCluster {
+func startCluster(t testing.TB) *redisCluster {
 	t.Helper()
 	c := &redisCluster{host: ownRedisHost(t)}
 	create := []string{"redis-cli", "--cluster-yes", "--cluster-replicas", "1", "--cluster", "create"}
 	for i := range 6 {
 		bus := c.host.port()
-		node := c.host.start(t, slices.Concat([]string{"--cluster-enabled", "yes", "--cluster-port", bus,
-			"--cluster-config-file", bus + ".nodes"}, options, leastRights("+asking"))...)
+		node := c.host.start(t, append(leastRights("+asking"), "--cluster-enabled", "yes", "--cluster-port", bus,
+			"--cluster-config-file", bus+".nodes", "--cluster-node-timeout", "1000")...)
 		create = append(create, node.addr())
 		if i < 3 {
 			c.primaries = append(c.primaries, node)
@@ -4525,89 +4353,48 @@ func (c *redisCluster) asked(t testing.TB) (n int) {
 	return n
 }
 
-func TestAClusterServesAsItIs(t *testing.T) {
+// TestAClusterIsServedAsItIs has one cluster, which its parts change one after the other.
+func TestAClusterIsServedAsItIs(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t)
-	addr := c.primaries[2].addr()
-	for name, url := range map[string]string{
-		"a primary":                      "redis://" + addr,
-		"a replica":                      c.replicas[1].url(),
-		"several, the first one is dead": "redis://127.0.0.1:" + freePort() + "," + addr,
-		"a user with the least rights":   "redis://" + leastLogin + addr,
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			s := start(t, "REDIS_URL="+url)
-			s.secret("s3cr")
-			user, id := s.register(newEmail())
-			for range 30 { // some on each node
-				next := s.signIn(user.Email, cookie(id))
-				s.want(401, id)
-				s.want(200, next)
-				id = next
-			}
-			if status := s.status("GET", "/healthz", ""); status != 200 {
-				t.Errorf("GET /healthz: status %d, want 200", status)
-			}
-			if status := s.status("DELETE", "/user/session", "", cookie(id)); status != 204 {
-				t.Errorf("DELETE /user/session: status %d, want 204", status)
-			}
-			s.want(401, id)
-			if n := len(s.log.lines("Redis is a cluster")); n != 1 {
-				t.Errorf("%d lines in the log say that Redis is a cluster, want 1:\n%s", n, s.log)
-			}
-		})
-	}
-	t.Run("a slot is redirected once", func(t *testing.T) {
-		t.Parallel()
-		store := openRedisSessions(t, "redis://"+addr)
-		slots := map[int]bool{}
-		user := testUser(1)
-		var ids []string
-		for i := range 1000 {
-			id := newUUID()
-			key := sessionKey(id)
-			ids = append(ids, id)
-			slots[slotOf(key)] = true
-			if want := c.primaries[0].do(t, "CLUSTER", "KEYSLOT", key); i < 20 && want != any(int64(slotOf(key))) {
-				t.Errorf("%s: slot %d, want %d", key, slotOf(key), want)
-			}
-			if err := store.Create(t.Context(), id, user, time.Hour); err != nil {
-				t.Fatal(err)
-			}
-		}
-		for _, id := range ids {
-			if got, err := store.Get(t.Context(), id); got != user || err != nil {
-				t.Errorf("Get: %v, %v, want %v", got, err, user)
-			}
-			if err := store.Delete(t.Context(), id); err != nil {
-				t.Errorf("Delete: %v", err)
-			}
-		}
-		if n := store.metrics()["redis_redirections_total"]; n == 0 || n > int64(len(slots)) {
-			t.Errorf("%d redirections for %d slots", n, len(slots))
-		}
-	})
-	t.Run("a database other than 0", func(t *testing.T) {
-		t.Parallel()
-		s := start(t, "REDIS_URL=redis://"+addr+"/3")
-		s.expectErrors()
-		s.want(503, newUUID())
-		line := s.log.find(t, "store refuses")
-		if cause, _ := line["err"].(string); !strings.Contains(cause, "SELECT is not allowed in cluster mode") {
-			t.Errorf("line %v, want the cause", line)
-		}
-	})
-}
-
-// TestAClusterThatChanges has one cluster, which its parts change one after the other.
-func TestAClusterThatChanges(t *testing.T) {
-	t.Parallel()
-	c := startCluster(t, "--cluster-node-timeout", "1000")
+	t.Run("ways in", c.testWaysIn)
 	t.Run("no answer carries another's session", c.testConnectionsKilled)
 	t.Run("a slot that is half moved", c.testHalfMoved)
 	t.Run("slots that move", c.testResharding)
 	t.Run("nodes that are lost", c.testFailover)
+}
+
+func (c *redisCluster) testWaysIn(t *testing.T) {
+	addr := c.primaries[2].addr()
+	for name, url := range map[string]string{
+		"a replica": c.replicas[1].url(),
+		"the first of several is dead, a user with the least rights": "redis://" + leastLogin +
+			"127.0.0.1:" + freePort() + "," + addr,
+	} {
+		s := start(t, "REDIS_URL="+url)
+		s.secret("s3cr")
+		user, id := s.register(newEmail())
+		for range 15 { // some on each node
+			next := s.signIn(user.Email, cookie(id))
+			s.want(401, id)
+			s.want(200, next)
+			id = next
+		}
+		if status := s.status("DELETE", "/user/session", "", cookie(id)); status != 204 {
+			t.Errorf("%s: DELETE /user/session: status %d, want 204", name, status)
+		}
+		s.want(401, id)
+		if n := len(s.log.lines("Redis is a cluster")); n != 1 {
+			t.Errorf("%s: %d lines in the log say that Redis is a cluster, want 1:\n%s", name, n, s.log)
+		}
+	}
+	s := start(t, "REDIS_URL=redis://"+addr+"/3")
+	s.expectErrors()
+	s.want(503, newUUID())
+	line := s.log.find(t, "store refuses")
+	if cause, _ := line["err"].(string); !strings.Contains(cause, "SELECT is not allowed in cluster mode") {
+		t.Errorf("a database other than 0: line %v, want the cause", line)
+	}
 }
 
 func (c *redisCluster) testHalfMoved(t *testing.T) {
@@ -4626,16 +4413,16 @@ func (c *redisCluster) testHalfMoved(t *testing.T) {
 		return id
 	}
 	var ids []string
-	for range 20 {
+	for range 6 {
 		ids = append(ids, create())
 	}
 	to.do(t, "CLUSTER", "SETSLOT", slot, "IMPORTING", from.nodeID(t))
 	from.do(t, "CLUSTER", "SETSLOT", slot, "MIGRATING", to.nodeID(t))
-	for _, id := range ids[:10] {
+	for _, id := range ids[:4] {
 		from.do(t, "MIGRATE", "127.0.0.1", to.port, sessionKey(id), 0, 5000)
 	}
 	before := c.asked(t)
-	for range 5 {
+	for range 2 {
 		ids = append(ids, create())
 	}
 	for i, id := range ids {
@@ -4648,8 +4435,8 @@ func (c *redisCluster) testHalfMoved(t *testing.T) {
 			}
 		}
 	}
-	if n := c.asked(t) - before; n < 20 {
-		t.Errorf("ASKING was sent %d times, want 20 or more", n)
+	if n := c.asked(t) - before; n < 8 {
+		t.Errorf("ASKING was sent %d times, want 8 or more", n)
 	}
 	for _, id := range ids {
 		if from.has(id) {
@@ -4669,10 +4456,10 @@ func (c *redisCluster) testHalfMoved(t *testing.T) {
 func (c *redisCluster) testResharding(t *testing.T) {
 	store := openRedisSessions(t, "redis://"+leastLogin+c.primaries[2].addr())
 	user := testUser(1)
-	const slots = 300 // move, from the lowest on; sessions are made in the first of them
+	const slots = 100 // move, from the lowest on; sessions are made in the first of them
 	create := func() (id string, err error) {
 		id = newUUID()
-		for slotOf(sessionKey(id)) > 60 {
+		for slotOf(sessionKey(id)) > 80 {
 			id = newUUID()
 		}
 		return id, store.Create(t.Context(), id, user, time.Hour)
@@ -4683,7 +4470,7 @@ func (c *redisCluster) testResharding(t *testing.T) {
 		}
 	}
 	var live, ended []string
-	for range 1000 {
+	for range 300 {
 		id, err := create()
 		if err != nil {
 			t.Fatal(err)
@@ -4732,10 +4519,10 @@ func (c *redisCluster) testResharding(t *testing.T) {
 			t.Errorf("Get of a session that has ended: %v", err)
 		}
 	}
-	if c.asked(t) == before || len(ended) == 0 {
-		t.Errorf("ASKING was sent %d times, and %d sessions ended meanwhile", c.asked(t)-before, len(ended))
+	asked := c.asked(t) - before
+	if asked == 0 || len(ended) == 0 {
+		t.Errorf("ASKING was sent %d times, and %d sessions ended meanwhile", asked, len(ended))
 	}
-	t.Logf("ASKING was sent %d times, %d sessions ended meanwhile", c.asked(t)-before, len(ended))
 }
 
 func (c *redisCluster) testFailover(t *testing.T) {
@@ -4754,7 +4541,6 @@ func (c *redisCluster) testFailover(t *testing.T) {
 		signal string
 		whole  string // whether the cluster serves only with all its slots
 	}{
-		{"killed", c.primaries[1], "KILL", "no"},
 		{"hung, and the only one in the URL", c.primaries[0], "STOP", "no"},
 		{"killed, of a cluster that wants all its slots", c.primaries[2], "KILL", "yes"},
 	} {
@@ -4819,7 +4605,7 @@ func (c *redisCluster) testConnectionsKilled(t *testing.T) {
 	s.expectErrors()
 	m := newMixture(s, c.primaries[0].url())
 	kills := 0
-	m.lookUpAndSignIn(int64(rounds(6_000, 100_000)), func() {
+	m.lookUpAndSignIn(int64(rounds(3_000, 100_000)), func() {
 		c.primaries[kills%3].do(t, "CLIENT", "KILL", "TYPE", "normal")
 		kills++
 	})
@@ -5029,9 +4815,19 @@ var (
 
 var errCut = errors.New("cut")
 
+// redisFault strikes a Redis that sessions are in.
+type redisFault struct {
+	name    string
+	want    statuses
+	cause   string // in the log, where Redis refuses
+	options []string
+	fail    func(testing.TB, *redisServer)
+	heal    func(testing.TB, *redisServer)
+	lost    bool // sessions do not outlive it
+}
+
 func TestRedisFaults(t *testing.T) {
 	t.Parallel()
-	always := func(reply string) fault { return func([]byte) ([]byte, error) { return []byte(reply), nil } }
 	do := func(command string, args ...any) func(testing.TB, *redisServer) {
 		return func(t testing.TB, r *redisServer) { r.do(t, command, args...) }
 	}
@@ -5060,22 +4856,7 @@ func TestRedisFaults(t *testing.T) {
 		r.args = append(r.args, "--key-load-delay", "5000", "--loading-process-events-interval-bytes", "1024")
 		r.launch(t)
 	}
-	type redisFault struct {
-		name    string
-		want    statuses
-		cause   string // in the log, where Redis refuses
-		reply   fault  // what a proxy makes of each reply
-		options []string
-		fail    func(testing.TB, *redisServer)
-		heal    func(testing.TB, *redisServer)
-		lost    bool // sessions do not outlive it
-	}
 	faults := []redisFault{
-		{name: "black hole", want: allAway, reply: always("")},
-		{name: "cut", want: allAway, reply: func([]byte) ([]byte, error) { return nil, errCut }},
-		{name: "half a reply, cut", want: allAway,
-			reply: func(reply []byte) ([]byte, error) { return reply[:len(reply)/2], errCut }},
-		{name: "garbage", want: allAway, reply: always("HTTP/1.1 400 Bad Request\r\n\r\n")},
 		{name: "killed", want: allAway, fail: kill, heal: launch, lost: true},
 		{name: "killed, and back with its data", want: allAway, fail: kill, heal: launch,
 			options: []string{"--appendonly", "yes", "--appendfsync", "always"}},
@@ -5086,120 +4867,101 @@ func TestRedisFaults(t *testing.T) {
 		{name: "no snapshot can be saved", want: noWrites, cause: "MISCONF",
 			fail: cannotSave, heal: do("CONFIG", "SET", "save", "")},
 		{name: "a replica", want: noWrites, cause: "READONLY", fail: replicate, heal: promote},
-		{name: "a replica without its primary", want: onlyEcho, cause: "MASTERDOWN",
-			options: []string{"--replica-serve-stale-data", "no"}, fail: replicate, heal: promote},
 		{name: "loading", want: onlyEcho, cause: "LOADING",
 			fail: load, heal: do("CONFIG", "SET", "key-load-delay", 0)},
-		{name: "an EXPIRE that did nothing", want: noNewSessions, cause: "EXPIRE",
-			reply: func(reply []byte) ([]byte, error) {
-				return bytes.Replace(reply, []byte("\r\n:1\r\n"), []byte("\r\n:0\r\n"), 1), nil
-			}},
 	}
-	for commands, want := range map[string]statuses{
-		"hset": noNewSessions, "expire": noNewSessions, "multi expire": noNewSessions, "exec": noNewSessions,
-		"del": noWrites, "echo": allAway, "hgetall": noLookups,
-	} {
-		forbid, allow := []any{"SETUSER", "default"}, []any{"SETUSER", "default"}
-		for command := range strings.FieldsSeq(commands) {
-			forbid = append(forbid, "-"+command)
-			allow = append(allow, "+"+command)
-		}
-		faults = append(faults, redisFault{name: "no right to " + commands, want: want, cause: "NOPERM",
-			fail: do("ACL", forbid...), heal: do("ACL", allow...)})
+	for command, want := range map[string]statuses{"expire": noNewSessions, "del": noWrites, "echo": allAway,
+		"hgetall": noLookups} {
+		faults = append(faults, redisFault{name: "no right to " + command, want: want, cause: "NOPERM",
+			fail: do("ACL", "SETUSER", "default", "-"+command), heal: do("ACL", "SETUSER", "default", "+"+command)})
 	}
-	var waves sync.Mutex // one at a time, or they would measure each other
 	for _, tt := range faults {
-		t.Run(tt.name, func(t *testing.T) {
-			if tt.want == allAway { // these wait rather than work
-				t.Parallel()
-			}
-			r := ownRedis(t, tt.options...)
-			url, fail, heal := r.url(), tt.fail, tt.heal
-			if tt.reply != nil {
-				p := startProxy(t, r.addr(), 0)
-				url = p.url()
-				fail = func(testing.TB, *redisServer) { p.set(tt.reply) }
-				heal = func(testing.TB, *redisServer) { p.set(nil) }
-			}
-			s := start(t, "REDIS_URL="+url)
-			s.expectErrors()
-			email := newEmail()
-			s.addAccount(email, bcrypt.MinCost)
-			// Each of these is for one kind of request: what is not answered may yet have been done.
-			kept, replaced, ended := s.signIn(email), s.signIn(email), s.signIn(email)
-			registered := tt.want.signIn
-			if registered == 200 || tt.name == "no right to del" { // the old session lives on
-				registered = 201
-			}
-			fail(t, r)
-			for _, a := range []struct {
-				method, path, body, id string
-				want                   int
-			}{
-				{"GET", "/user", "", kept, tt.want.lookup},
-				{"GET", "/user", "", "", 401},
-				{"DELETE", "/user/session", "", ended, tt.want.signOut},
-				{"GET", "/healthz", "", "", tt.want.health},
-				{"POST", "/user/signin", credentials(email, password), replaced, tt.want.signIn},
-				{"POST", "/user", credentials(newEmail(), password), newUUID(), registered},
-			} {
-				began := time.Now()
-				got := s.ask(a.method, a.path, a.body, cookie(a.id)) // no 503 sets a cookie: see checkReply
-				if took := time.Since(began); got.status != a.want || took > 3*time.Second {
-					t.Errorf("%s %s: status %d after %v, want %d within 3 s: %s",
-						a.method, a.path, got.status, took, a.want, got.body)
-				}
-			}
-			if n := query[int](s, `SELECT count(*) FROM users`); registered == 503 && n != 1 {
-				t.Errorf("a registration that was refused left %d accounts behind", n-1)
-			}
-			waves.Lock()
-			var late atomic.Int64
-			together(500, func(int) {
-				began := time.Now()
-				s.want(tt.want.lookup, kept)
-				if time.Since(began) > 3*time.Second {
-					late.Add(1)
-				}
-			})
-			var mem runtime.MemStats
-			runtime.ReadMemStats(&mem)
-			goroutines := runtime.NumGoroutine()
-			waves.Unlock()
-			if late.Load() > 0 || mem.HeapAlloc > 512<<20 || goroutines > 20_000 {
-				t.Errorf("of 500 at once %d were answered after 3 s; heap %d MB, %d goroutines",
-					late.Load(), mem.HeapAlloc>>20, goroutines)
-			}
-			heal(t, r)
-			live := 200
-			if tt.lost {
-				live = 401
-			}
-			s.wantBack(live, "/user", cookie(kept))
-			if tt.want.signIn == 503 { // the old session lives on
-				s.want(live, replaced)
-			} else {
-				s.want(401, replaced)
-			}
-			if tt.want.signOut == 204 {
-				s.want(401, ended)
-			} else if tt.want.health == 200 && tt.reply == nil {
-				s.want(200, ended)
-			}
-			s.want(200, s.signIn(email))
-			s.register(newEmail())
-			message := "store out of reach"
-			if tt.cause != "" {
-				message = "store refuses"
-			}
-			s.log.find(t, message)
-			if !slices.ContainsFunc(s.log.lines(message), func(line map[string]any) bool {
-				return strings.Contains(line["err"].(string), tt.cause)
-			}) {
-				t.Errorf("no line %q names the cause %q:\n%s", message, tt.cause, s.log)
-			}
-			wantEnds(t, r.url())
-		})
+		t.Run(tt.name, tt.test)
+	}
+}
+
+func (f redisFault) test(t *testing.T) {
+	t.Parallel()
+	r := ownRedis(t, f.options...)
+	s := start(t, "REDIS_URL="+r.url())
+	s.expectErrors()
+	email := newEmail()
+	s.addAccount(email, bcrypt.MinCost)
+	// Each of these is for one kind of request: what is not answered may yet have been done.
+	kept, replaced, ended := s.signIn(email), s.signIn(email), s.signIn(email)
+	registered := f.want.signIn
+	if registered == 200 || f.name == "no right to del" { // the old session lives on
+		registered = 201
+	}
+	f.fail(t, r)
+	for _, a := range []struct {
+		method, path, body, id string
+		want                   int
+	}{
+		{"GET", "/user", "", kept, f.want.lookup},
+		{"GET", "/user", "", "", 401},
+		{"DELETE", "/user/session", "", ended, f.want.signOut},
+		{"GET", "/healthz", "", "", f.want.health},
+		{"POST", "/user/signin", credentials(email, password), replaced, f.want.signIn},
+		{"POST", "/user", credentials(newEmail(), password), newUUID(), registered},
+	} {
+		began := time.Now()
+		got := s.ask(a.method, a.path, a.body, cookie(a.id)) // no 503 sets a cookie: see checkReply
+		if took := time.Since(began); got.status != a.want || took > 3*time.Second {
+			t.Errorf("%s %s: status %d after %v, want %d within 3 s: %s",
+				a.method, a.path, got.status, took, a.want, got.body)
+		}
+	}
+	if n := query[int](s, `SELECT count(*) FROM users`); registered == 503 && n != 1 {
+		t.Errorf("a registration that was refused left %d accounts behind", n-1)
+	}
+	if f.want.lookup == 503 {
+		s.wantOutageInTime(kept)
+	}
+	f.heal(t, r)
+	live := 200
+	if f.lost {
+		live = 401
+	}
+	s.wantBack(live, "/user", cookie(kept))
+	if f.want.signIn == 503 { // the old session lives on
+		s.want(live, replaced)
+	} else {
+		s.want(401, replaced)
+	}
+	if f.want.signOut == 204 {
+		s.want(401, ended)
+	} else if f.want.health == 200 {
+		s.want(200, ended)
+	}
+	s.want(200, s.signIn(email))
+	s.register(newEmail())
+	message := "store out of reach"
+	if f.cause != "" {
+		message = "store refuses"
+	}
+	s.log.find(t, message)
+	if !slices.ContainsFunc(s.log.lines(message), func(line map[string]any) bool {
+		return strings.Contains(line["err"].(string), f.cause)
+	}) {
+		t.Errorf("no line %q names the cause %q:\n%s", message, f.cause, s.log)
+	}
+	wantEnds(t, r.url())
+}
+
+// wantOutageInTime has many look a session up at once, none of whom may wait for long.
+func (s *service) wantOutageInTime(id string) {
+	s.Helper()
+	var late atomic.Int64
+	together(300, func(int) {
+		began := time.Now()
+		s.want(503, id)
+		if time.Since(began) > 3*time.Second {
+			late.Add(1)
+		}
+	})
+	if late.Load() > 0 {
+		s.Errorf("of 300 lookups at once %d were answered after 3 s", late.Load())
 	}
 }
 
@@ -5269,13 +5031,9 @@ func TestStartWithoutAWillingRedis(t *testing.T) {
 		signIn  int
 		lookup  int
 	}{
-		{"a replica", []string{"--replicaof", "127.0.0.1 " + freePort()}, "", "READONLY", 503, 401},
 		{"full", []string{"--maxmemory", "1"}, "", "OOM", 503, 401},
 		{"no right to HSET", without("-hset"), "", "NOPERM", 503, 401},
-		{"no right to DEL", without("-del"), "", "NOPERM", 503, 401},
-		{"no MULTI", []string{"--rename-command", "MULTI", ""}, "", "unknown command", 503, 401},
 		{"no HGETALL", []string{"--rename-command", "HGETALL", ""}, "", "unknown command", 200, 503},
-		{"a password is missing", []string{"--requirepass", "right"}, "", "NOAUTH", 503, 503},
 		{"a wrong password", []string{"--requirepass", "right"}, ":wr0ng@", "WRONGPASS", 503, 503},
 		{"away", nil, "", "", 503, 503}, // a container's port may yet take connections
 	} {
@@ -5359,7 +5117,6 @@ var stepFaults = []struct {
 }{
 	{"cut", 200, false, func(piece, _ []byte) ([]byte, error) { return piece[:rand.N(len(piece))], errCut }},
 	{"dropped", 1000, false, func(_, _ []byte) ([]byte, error) { return nil, nil }},
-	{"repeated", 50, false, func(piece, _ []byte) ([]byte, error) { return slices.Concat(piece, piece), nil }},
 	{"inserted", 50, false, func(piece, earlier []byte) ([]byte, error) { return slices.Concat(earlier, piece), nil }},
 	{"a flush replaced by an earlier one", 10, true, func(_, earlier []byte) ([]byte, error) { return earlier, nil }},
 	{"proof before the replies", 20, true, func(piece, _ []byte) ([]byte, error) {
@@ -5397,7 +5154,7 @@ func TestNoAnswerCarriesAnothersSession(t *testing.T) { // not in parallel: it k
 				struck.Add(1)
 				return tt.strike(whole, before)
 			})
-			total := int64(rounds(6_000, 100_000))
+			total := int64(rounds(3_000, 100_000))
 			m.lookUpAndSignIn(total, func() {})
 			m.lookUp(total / 20) // one a flush
 			if struck.Load() == 0 {
@@ -5530,18 +5287,6 @@ func (m *mixture) signInAndOut(disturb func()) {
 // ---------------------------------------------------------------------------------------------------
 // Faults: failing over.
 
-func TestTwoInstancesOnOneRedis(t *testing.T) {
-	t.Parallel()
-	url := redisURL(t)
-	a, b := start(t, "REDIS_URL="+url), start(t, "REDIS_URL="+url)
-	user, id := a.register(newEmail())
-	if got := b.want(200, id); got.body != userJSON(user) {
-		t.Errorf("the other one answers %s", got.body)
-	}
-	b.ask("DELETE", "/user/session", "", cookie(id))
-	a.want(401, id)
-}
-
 func TestSentinelsNameThePrimary(t *testing.T) {
 	t.Parallel()
 	host := ownRedisHost(t)
@@ -5587,6 +5332,10 @@ func TestSentinelsNameThePrimary(t *testing.T) {
 
 func TestASentinelThatKnowsLessIsPassedOver(t *testing.T) {
 	t.Parallel()
+	primary := func(addr string) string { // as a sentinel tells it
+		_, port, _ := net.SplitHostPort(addr)
+		return "*2\r\n" + bulkString("127.0.0.1") + bulkString(port)
+	}
 	says := func(role string) string {
 		f := startFakeRedis(t, func(command []string) string {
 			if command[0] == "ROLE" {
@@ -5594,25 +5343,24 @@ func TestASentinelThatKnowsLessIsPassedOver(t *testing.T) {
 			}
 			return plainReply(command)
 		})
-		return primaryAt(f.addr)
+		return primary(f.addr)
 	}
-	right := fakeSentinel(t, says(plainReply([]string{"ROLE"}))).addr
+	sentinel := func(reply string) string {
+		return startFakeRedis(t, func([]string) string { return reply }).addr
+	}
+	right := sentinel(says(plainReply([]string{"ROLE"})))
 	for name, reply := range map[string]string{
-		"has not heard of the failover":          says("*1\r\n$5\r\nslave\r\n"),
-		"names one that says nothing":            says(""),
-		"names one that does not tell its role":  says("-NOPERM\r\n"),
-		"names one with a role of another shape": says("*0\r\n"),
-		"names one that is away":                 primaryAt("127.0.0.1:" + freePort()),
-		"knows none of the name":                 "*-1\r\n",
-		"refuses":                                "-NOAUTH\r\n",
-		"answers in another shape":               "*1\r\n$1\r\nx\r\n",
-		"answers something huge":                 "$1000000000\r\n",
-		"hangs up":                               cutOff,
-		"says nothing":                           "",
+		"has not heard of the failover":         says("*1\r\n$5\r\nslave\r\n"),
+		"names one that does not tell its role": says("-NOPERM\r\n"),
+		"names one that is away":                primary("127.0.0.1:" + freePort()),
+		"knows none of the name":                "*-1\r\n",
+		"refuses":                               "-NOAUTH\r\n",
+		"answers in another shape":              "*1\r\n$1\r\nx\r\n",
+		"says nothing":                          "",
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			behind := "redis-sentinel://" + fakeSentinel(t, reply).addr
+			behind := "redis-sentinel://" + sentinel(reply)
 			for url, want := range map[string]error{
 				behind + "/accounts":               errUnavailable,
 				behind + "," + right + "/accounts": nil,
@@ -5834,30 +5582,18 @@ func TestDatesAreReadAsTheOriginalReadsThem(t *testing.T) {
 	}{
 		{millis, millisTime, false},
 		{0, noDate, false},
-		{-1, "1969-12-31T23:59:59.999Z", false},
 		{1743364800123.9, millisTime, false},
-		{-1.5, "1969-12-31T23:59:59.999Z", false},
 		{"1743364800123", millisTime, false},
-		{"-1", "1969-12-31T23:59:59.999Z", false},
-		{"2025-03-30T20:00:00", testTime, false},
-		{"2025-03-30T20:00:00.123", millisTime, false},
 		{"2025-03-30", day, false},
 		{"2025-03-30 20:00:00", testTime, false},
-		{"2025-03-30 20:00:00.123", millisTime, false},
 		{"2025-03-30 20:00:00+00:00", testTime, false},
-		{"2025-03-30 22:00:00.123+02:00", millisTime, false},
 		{"2025-03-30T20:00:00Z", testTime, inHash},
-		{"2025-03-30T20:00:00.123Z", millisTime, inHash},
-		{"2025-03-30T20:00:00.123+00:00", millisTime, inHash},
 		{"2025-03-30T22:00:00.1234+02:00", millisTime, inHash},
 		{nil, noDate, false}, // what cannot be read keeps nobody out
 		{"", noDate, inHash},
 		{"yesterday", noDate, inHash},
-		{"31/03/2025", noDate, inHash},
 		{"2025-02-30", noDate, inHash},
-		{"NaN", noDate, inHash},
 		{[]byte{0xff, 0}, noDate, false},
-		{1e300, noDate, false},
 		{int64(1 << 62), noDate, false},
 	} {
 		file.exec(`DELETE FROM users; INSERT INTO users VALUES ('1', 'Ada', 'a@b', '', ?1, ?1),
@@ -6073,15 +5809,11 @@ func TestFilesOfOtherProgramsAreLeftAsTheyWere(t *testing.T) {
 		message []string // beside foreign; none: the file is taken
 	}{
 		"other columns":      {`CREATE TABLE users (uid INTEGER, mail TEXT)`, []string{"users", "email"}},
-		"a column missing":   {with(`"updateAt" DATETIME NOT NULL`, `"at"`), []string{"users", "updateAt"}},
 		"a column to feed":   {with(`"name"`, `"role" TEXT NOT NULL, "name"`), []string{"users.role"}},
 		"a column to let be": {with(`"name"`, `"age" INT, "role" TEXT NOT NULL DEFAULT '', "name"`), nil},
 		"others' sessions":   {`CREATE TABLE sessions (sid TEXT)`, []string{"sessions", "expires_at"}},
-		"sessions to feed": {`CREATE TABLE sessions (id_hash PRIMARY KEY, user_id, name, email, created_at,
-			updated_at, expires_at, device TEXT NOT NULL)`, []string{"sessions.device"}},
 		"an email twice": {with(`CREATE UNIQUE`, `INSERT INTO users VALUES (1, 2, 3, 4, 5, 6),
 			(7, 2, 3, 4, 5, 6); --`), []string{"users.email"}},
-		"numbered": {with(`"id" TEXT NOT NULL`, `"id" INTEGER`), []string{"users", "mismatch"}},
 		"a view": {`CREATE VIEW users AS SELECT 1 id, 2 name, 3 email, 4 password, 5 createdAt, 6 updateAt`,
 			[]string{"users", "view"}},
 		"the last version's": {`PRAGMA journal_mode = WAL; CREATE TABLE users (id TEXT NOT NULL PRIMARY KEY,
@@ -6186,33 +5918,6 @@ func TestTheWaitForALockedFileEndsWithTheStart(t *testing.T) {
 	}
 }
 
-func TestNoStatementReadsAWholeTable(t *testing.T) {
-	t.Parallel()
-	db := openTestDatabase(t)
-	whole := regexp.MustCompile(`SCAN (users|sessions)`)
-	fields := reflect.ValueOf(db).Elem()
-	for i := range fields.NumField() {
-		name := fields.Type().Field(i).Name
-		if fields.Field(i).Type() != reflect.TypeFor[*sql.Stmt]() || strings.HasPrefix(name, "any") {
-			continue // one with any ends at the first row
-		}
-		text := fields.Field(i).Elem().FieldByName("query").String() // which database/sql keeps to itself
-		rows, err := db.reader.Query("EXPLAIN QUERY PLAN "+text, make([]any, 7)...)
-		if err != nil {
-			t.Fatalf("%s: %v", name, err)
-		}
-		for rows.Next() {
-			var step string
-			if err := rows.Scan(new(int), new(int), new(int), &step); err != nil || whole.MatchString(step) {
-				t.Errorf("%s: %s, %v", name, step, err)
-			}
-		}
-		if err := rows.Err(); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
 func TestEveryConnectionHasThePragmas(t *testing.T) {
 	t.Parallel()
 	db := openTestDatabase(t)
@@ -6238,34 +5943,6 @@ func TestEveryConnectionHasThePragmas(t *testing.T) {
 			}
 		}
 	}
-}
-
-func TestOneWriterAtATime(t *testing.T) {
-	t.Parallel()
-	file := originalFile(t, originalDDL)
-	db, err := openDatabase(t.Context(), file.dbPath)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close()
-	other := openSQL(t, file.dbPath)
-	defer other.Close()
-	write := func() error { _, err := other.Exec(`PRAGMA busy_timeout = 0; DELETE FROM users`); return err }
-	err = db.write(t.Context(), "testing", func(context.Context, *sql.Tx) error {
-		if err := storeError("another", write()); !errors.Is(err, errRefused) {
-			t.Errorf("another program writes before this write has made a change: %v, want errRefused", err)
-		}
-		return nil
-	})
-	if err := errors.Join(err, write()); err != nil {
-		t.Error(err)
-	}
-	defer lockFile(t, file.dbPath)()
-	together(4, func(int) { // the last ones wait for the first
-		if err := db.ReplacePasswordHash(t.Context(), "", "", ""); !errors.Is(err, errRefused) {
-			t.Errorf("a write while another program writes: %v, want errRefused", err)
-		}
-	})
 }
 
 func TestAReadWaitsForAConnectionForThreeSecondsAtMost(t *testing.T) {
@@ -6297,34 +5974,6 @@ func TestAReadWaitsForAConnectionForThreeSecondsAtMost(t *testing.T) {
 	}
 }
 
-func TestAClientThatHangsUpUndoesNoWrite(t *testing.T) {
-	t.Parallel()
-	db := openTestDatabase(t)
-	store := &sqliteSessions{db}
-	user, id, ended := testUser(1), newUUID(), newUUID()
-	user.UpdatedAt = user.CreatedAt
-	ctx, hangUp := context.WithCancel(t.Context())
-	hangUp()
-	err := errors.Join(db.InsertUser(ctx, user, user.Email, "old"),
-		db.ReplacePasswordHash(ctx, user.ID, "old", "new"),
-		db.ReplacePasswordHash(ctx, user.ID, "old", "late"), // does nothing
-		store.Create(ctx, id, user, time.Hour),
-		store.Create(ctx, ended, user, time.Hour),
-		store.Delete(ctx, ended))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got, hash, err := db.UserByEmail(t.Context(), user.Email); got != user || hash != "new" || err != nil {
-		t.Errorf("got %v, %s, %v, want %v, new", got, hash, err, user)
-	}
-	if got, err := store.Get(t.Context(), id); got != user || err != nil {
-		t.Errorf("got %v, %v, want %v", got, err, user)
-	}
-	if _, err := store.Get(t.Context(), ended); !errors.Is(err, errNoSession) {
-		t.Errorf("after Delete: %v, want errNoSession", err)
-	}
-}
-
 func TestEmbeddedSessionsOutliveARestart(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "a folder?#%20 ü&_pragma=x", "users.db")
@@ -6351,63 +6000,18 @@ func TestEmbeddedSessionsOutliveARestart(t *testing.T) {
 	s.signIn(user.Email)
 }
 
-func TestExpiredSessionsAreGoneAndSwept(t *testing.T) {
+func TestExpiredSessionsAreSwept(t *testing.T) {
 	t.Parallel()
 	db := openTestDatabase(t)
 	store := &sqliteSessions{db}
-	expired := newUUID()
-	if err := store.Create(t.Context(), expired, testUser(1), -time.Second); err != nil {
-		t.Fatal(err)
-	}
-	_, got := store.Get(t.Context(), expired)
-	err := store.Delete(t.Context(), expired)
-	if !errors.Is(got, errNoSession) || !errors.Is(err, errNoSession) {
-		t.Errorf("an expired session: Get %v, Delete %v, want errNoSession", got, err)
-	}
-	_, err = db.writer.Exec(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 150)
+	_, err := db.writer.Exec(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 150)
 		INSERT INTO sessions SELECT randomblob(32), '', '', '', '', '', i FROM n`)
-	for _, want := range []int{52, 2} { // each that is made sweeps a hundred
+	for _, want := range []int{51, 2} { // each that is made sweeps a hundred
 		n := 0
 		err = errors.Join(err, store.Create(t.Context(), newUUID(), testUser(1), time.Hour),
 			db.reader.QueryRow(`SELECT count(*) FROM sessions`).Scan(&n))
 		if err != nil || n != want {
 			t.Errorf("%d rows, %v, want %d", n, err, want)
-		}
-	}
-}
-
-func TestErrorsOfTheStore(t *testing.T) {
-	t.Parallel()
-	const insert = `INSERT INTO users VALUES ('1', '', 'a@b', '', 0, 0), `
-	for name, tt := range map[string]struct {
-		sql  string
-		err  error // not from SQLite
-		want error // nil: a fault of ours
-	}{
-		"the same email": {sql: insert + `('2', '', 'a@b', '', 0, 0)`, want: errEmailTaken},
-		"the same id":    {sql: insert + `('1', '', 'c@d', '', 0, 0)`},
-		"no such table":  {sql: `SELECT * FROM nowhere`, want: errUnavailable},
-		"the wrong type": {sql: `CREATE TABLE t (n INTEGER PRIMARY KEY); INSERT INTO t VALUES ('x')`},
-		"full":           {sql: `PRAGMA max_page_count = 1; CREATE TABLE t AS SELECT zeroblob(1e6)`, want: errRefused},
-		"read-only":      {sql: `PRAGMA query_only = 1; DELETE FROM users`, want: errRefused},
-		"damaged": {sql: `PRAGMA writable_schema = 1; UPDATE sqlite_master SET rootpage = 999
-			WHERE name = 'users'; PRAGMA schema_version = 99; SELECT * FROM users`, want: errUnavailable},
-		"no such file": {sql: `ATTACH '/no/such/folder/file' AS other`, want: errUnavailable},
-		"out of time":  {err: context.DeadlineExceeded, want: errUnavailable},
-		"rolled back":  {err: sql.ErrTxDone, want: errUnavailable},
-		"hung up":      {err: context.Canceled},
-		"our own":      {err: errNoSession, want: errNoSession},
-	} {
-		err := tt.err
-		if tt.sql != "" {
-			_, err = openTestDatabase(t).writer.Exec(tt.sql)
-		}
-		translated := storeError("testing", err)
-		for _, sentinel := range []error{errEmailTaken, errUnavailable, errRefused, errNoSession} {
-			want := sentinel == tt.want || sentinel == errUnavailable && tt.want == errRefused
-			if err == nil || errors.Is(translated, sentinel) != want {
-				t.Errorf("%s: %v becomes %v: is that %q: want %t", name, err, translated, sentinel, want)
-			}
 		}
 	}
 }
@@ -6433,13 +6037,14 @@ func lockFile(t testing.TB, path string) (unlock func()) {
 // late one. Beside the file is a backup, made in between.
 type fileFault struct {
 	strike          func(s *service) (mend func())
-	embedded, redis []int  // the statuses of the requests; none: the service does not notice
+	embedded, redis []int  // the statuses of the requests with either store of sessions; none: not tried
 	log, cause      string // of the line that tells it
 	restart         bool
 	early, late     bool // are there after a restart
 }
 
 func TestFaultsOfTheFile(t *testing.T) {
+	t.Parallel()
 	const (
 		refuses    = "store refuses"
 		outOfReach = "store out of reach"
@@ -6479,18 +6084,18 @@ func TestFaultsOfTheFile(t *testing.T) {
 		},
 		"replaced": {
 			strike:   replace,
-			embedded: []int{503, 503, 503, 503, 503}, redis: []int{200, 503, 503, 503, 204},
-			log: outOfReach, cause: replaced, restart: true, early: true,
+			embedded: []int{503, 503, 503, 503, 503},
+			log:      outOfReach, cause: replaced, restart: true, early: true,
 		},
 		"its log deleted": {
 			strike: func(s *service) func() {
 				os.Remove(s.dbPath + "-wal")
 				return forGood
 			},
-			embedded: []int{503, 503, 503, 503, 503}, redis: []int{200, 503, 503, 503, 204},
-			log: outOfReach, cause: replaced, restart: true, early: true, late: true,
+			embedded: []int{503, 503, 503, 503, 503},
+			log:      outOfReach, cause: replaced, restart: true, early: true, late: true,
 		},
-		"replaced and not noticed": {strike: replace, restart: true, early: true},
+		"replaced and not noticed": {strike: replace, embedded: []int{}, restart: true, early: true},
 		"reduced to the original's schema": { // as prisma db push does
 			strike: func(s *service) func() {
 				s.exec(`DROP TABLE sessions; DROP INDEX users_email_nocase`)
@@ -6500,11 +6105,19 @@ func TestFaultsOfTheFile(t *testing.T) {
 			log: outOfReach, cause: "restart the service", restart: true, early: true, late: true,
 		},
 	} {
-		t.Run(name, func(t *testing.T) { each(t, fault.test) })
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if fault.embedded != nil {
+				fault.test(t, "REDIS_URL=", fault.embedded)
+			}
+			if fault.redis != nil {
+				fault.test(t, "REDIS_URL="+redisURL(t), fault.redis)
+			}
+		})
 	}
 }
 
-func (f fileFault) test(t *testing.T, backend string) {
+func (f fileFault) test(t *testing.T, backend string, statuses []int) {
 	s := startWith(t, func(cfg *config) { cfg.server.bcryptCost = 5 }, backend)
 	s.expectErrors()
 	early := s.addAccount(newEmail(), bcrypt.MinCost)
@@ -6514,10 +6127,6 @@ func (f fileFault) test(t *testing.T, backend string) {
 	late, id := s.register(newEmail())
 	mend := f.strike(s)
 	requests := []string{"GET /user", "GET /healthz", "POST /user/signin", "POST /user", "DELETE /user/session"}
-	statuses := f.redis
-	if backend == "REDIS_URL=" {
-		statuses = f.embedded
-	}
 	for i, want := range statuses {
 		email := early.Email
 		if requests[i] == "POST /user" {
@@ -6547,7 +6156,7 @@ func (f fileFault) test(t *testing.T, backend string) {
 
 // testRestart starts another service, while the first one still runs if it can have noticed the fault.
 func (f fileFault) testRestart(s *service, backend string, exists map[string]bool) {
-	if f.redis == nil {
+	if f.log == "" {
 		s.stop()
 	}
 	next := startProcess(s, backend, "DB_PATH="+s.dbPath)
@@ -6824,54 +6433,6 @@ func FuzzCookies(f *testing.F) {
 		got := sessionID(&http.Request{Header: http.Header{"Cookie": {line1, line2}}})
 		if got != want {
 			t.Errorf("cookies %q and %q: session id %q, want %q", line1, line2, got, want)
-		}
-	})
-}
-
-func FuzzSessionHash(f *testing.F) {
-	const toString = "Sun Mar 30 2025 20:00:00 GMT-0300 (Brasilia Standard Time)"
-	for damage := range uint8(5) {
-		f.Add("7", testTime, "2025-03-31T20:00:00Z", toString, damage, damage)
-		f.Add("7", "0000-01-01T00:00:00+23:59", "9999-12-31T23:59:59.999-23:59", toString, damage, uint8(0))
-		f.Add("", "Invalid Date", testTime, "1743364800000", damage, uint8(9))
-	}
-	f.Fuzz(func(t *testing.T, id, createdAt, updatedAt, updateAt string, damage, at uint8) {
-		skipLong(t, id, createdAt, updatedAt, updateAt)
-		elements := []string{bulkString("id"), bulkString(id), bulkString("createdAt"), bulkString(createdAt),
-			bulkString("updatedAt"), bulkString(updatedAt), bulkString("updateAt"), bulkString(updateAt),
-			bulkString("age"), "*1\r\n$-1\r\n"} // what is no field of ours may be anything
-		damages := []string{":1\r\n", "*0\r\n", "%1\r\n", bulkString(strings.Repeat("x", maxReply))}
-		wantErr := error(nil)
-		if int(damage) < len(damages) {
-			elements[int(at)%(len(elements)-1)] = damages[damage]
-			wantErr = errReplyShape
-			if damage == 3 {
-				wantErr = errReplySize
-			}
-		}
-		hash := &lookup{}
-		r := &replyReader{in: bufio.NewReader(strings.NewReader("*10\r\n" + strings.Join(elements, "")))}
-		r.begin()
-		hash.read(r)
-		if !errors.Is(r.err, wantErr) || r.refusal != "" {
-			t.Fatalf("%q: error %v, want %v", elements, r.err, wantErr)
-		}
-		if wantErr != nil {
-			return
-		}
-		user := hash.user
-		want := User{ID: id, CreatedAt: "1970-01-01T00:00:00.000Z", UpdatedAt: "1970-01-01T00:00:00.000Z"}
-		for _, text := range []string{createdAt, updateAt, updatedAt} { // the last that can be read
-			if at, ok := parseSessionTime(text); ok {
-				want.CreatedAt = at
-				want.UpdatedAt = at
-			}
-		}
-		if at, ok := parseSessionTime(createdAt); ok {
-			want.CreatedAt = at
-		}
-		if user != want {
-			t.Errorf("%q: %+v, want %+v", elements, user, want)
 		}
 	})
 }
