@@ -4173,7 +4173,7 @@ func TestRedirections(t *testing.T) {
 			get("-ASK SLOT #4"), get("-MOVED SLOT #5"), nil}, sent: "L|L|L|AL|AL|LL"},
 		{name: "six", nodes: []script{get(moved, moved, moved),
 			get(slices.Repeat([]string{"-MOVED SLOT #0"}, 3)...)},
-			want: errRefused, sent: "LLL|LLLL", dialled: 2},
+			want: errUnavailable, sent: "LLLL|LLL", dialled: 2},
 		{name: "to itself", nodes: []script{get("-MOVED SLOT #0", "-MOVED SLOT #0")},
 			sent: "LLLL", dialled: 3},
 		{name: "a deletion", call: "Delete", nodes: []script{{"DEL": {moved}}, nil}, sent: "D|DD"},

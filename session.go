@@ -394,7 +394,7 @@ func (e *refusedError) Unwrap() error { return errRefused }
 // no log may hold.
 func (e *refusedError) Error() string {
 	text, _, _ := strings.Cut(e.text, ", with args")
-	return fmt.Sprintf("%v: %s: %s", errRefused, e.server, text)
+	return e.server + ": " + text
 }
 
 // isRefusal tells whether err is what Redis refused with an error of this kind, such as "WRONGTYPE".
@@ -467,11 +467,15 @@ func (c *cluster) do(ctx context.Context, server *pipeline, req request, sends i
 		deadline = end.Add(-replyTimeout)
 	}
 	next := req
-	for redirections := 0; ; redirections++ {
+	cause := fmt.Errorf("%w: more than %d redirections", errUnavailable, maxRedirections)
+	for range 1 + maxRedirections {
 		op := &operation{request: next, deadline: deadline, sends: sends, done: make(chan struct{})}
 		server.do(op)
-		if op.err == nil || redirections == maxRedirections {
-			return op.err
+		if op.err == nil {
+			return nil
+		}
+		if !errors.Is(op.err, errRefused) {
+			cause = op.err // to this node the others may go on redirecting
 		}
 		var ask bool
 		server, ask = c.redirect(server, op)
@@ -484,6 +488,7 @@ func (c *cluster) do(ctx context.Context, server *pipeline, req request, sends i
 			next = asking{req}
 		}
 	}
+	return cause
 }
 
 // redirect returns the server to which an operation that failed is to be sent next, nil for none, and whether
