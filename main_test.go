@@ -4367,17 +4367,7 @@ func (c *redisCluster) testWaysIn(t *testing.T) {
 	} {
 		s := start(t, "REDIS_URL="+url)
 		s.secret("s3cr")
-		user, id := s.register(newEmail())
-		for range 15 { // some on each node
-			next := s.signIn(user.Email, cookie(id))
-			s.want(401, id)
-			s.want(200, next)
-			id = next
-		}
-		if status := s.status("DELETE", "/user/session", "", cookie(id)); status != 204 {
-			t.Errorf("%s: DELETE /user/session: status %d, want 204", name, status)
-		}
-		s.want(401, id)
+		s.wantSignOut(s.wantTurns(15)) // some on each node
 		if n := len(s.log.lines("Redis is a cluster")); n != 1 {
 			t.Errorf("%s: %d lines in the log say that Redis is a cluster, want 1:\n%s", name, n, s.log)
 		}
@@ -4773,21 +4763,15 @@ func TestRedisLogin(t *testing.T) {
 	} {
 		s := start(t, "REDIS_URL="+url)
 		s.secret("s3cr")
-		user, id := s.register(newEmail())
-		next := s.signIn(user.Email, cookie(id))
-		s.want(401, id)
-		s.want(200, next)
+		id := s.wantTurns(1)
 		inDatabase := strings.HasPrefix(url, "redis://:")
-		if inDatabase && redisDo(t, url, "EXISTS", "session:"+next) != any(int64(1)) {
+		if inDatabase && redisDo(t, url, "EXISTS", "session:"+id) != any(int64(1)) {
 			t.Errorf("%s: the session is not in that database", name)
 		}
 		if status := s.status("GET", "/healthz", ""); status != 200 {
 			t.Errorf("%s: GET /healthz: status %d, want 200", name, status)
 		}
-		if status := s.status("DELETE", "/user/session", "", cookie(next)); status != 204 {
-			t.Errorf("%s: DELETE /user/session: status %d, want 204", name, status)
-		}
-		s.want(401, next)
+		s.wantSignOut(id)
 	}
 }
 
@@ -4958,6 +4942,28 @@ func (s *service) wantOutageInTime(id string) {
 	}
 }
 
+// wantTurns registers, and signs in n times, each of which ends the session before it.
+func (s *service) wantTurns(n int) (id string) {
+	s.Helper()
+	user, id := s.register(newEmail())
+	for range n {
+		next := s.signIn(user.Email, cookie(id))
+		s.want(401, id)
+		s.want(200, next)
+		id = next
+	}
+	return id
+}
+
+// wantSignOut ends a session.
+func (s *service) wantSignOut(id string) {
+	s.Helper()
+	if status := s.status("DELETE", "/user/session", "", cookie(id)); status != 204 {
+		s.Errorf("DELETE /user/session: status %d, want 204", status)
+	}
+	s.want(401, id)
+}
+
 // wantBack waits for a status, which has to come within 2 s.
 func (s *service) wantBack(status int, path string, header ...string) {
 	s.Helper()
@@ -5088,10 +5094,7 @@ func TestConnectionsThatDiedIdleCostNothing(t *testing.T) {
 			t.Errorf("POST /user/signin: status %d, want 200", status)
 		}
 		p.cut()
-		if status := s.status("DELETE", "/user/session", "", cookie(id)); status != 204 {
-			t.Errorf("DELETE /user/session: status %d, want 204", status)
-		}
-		s.want(401, id)
+		s.wantSignOut(id)
 		id = s.signIn(user.Email)
 	}
 	s.register(newEmail())
@@ -5441,13 +5444,7 @@ func TestRedisOverTLSWithAPrivateCA(t *testing.T) {
 		})
 	}
 	s := launch(addrs[0], trust)
-	user, id := s.register(newEmail())
-	for range 20 { // on both
-		next := s.signIn(user.Email, cookie(id))
-		s.want(401, id)
-		s.want(200, next)
-		id = next
-	}
+	s.wantTurns(20) // on both
 	s.log.find(t, "Redis is a cluster")
 
 	_, strict := serve("--tls-auth-clients", "yes")
