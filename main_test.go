@@ -4381,42 +4381,41 @@ func (c *redisCluster) testWaysIn(t *testing.T) {
 	}
 }
 
+// createIn makes a session whose slot is one of a range.
+func (s checkedStore) createIn(user User, first, last int) string {
+	id := newUUID()
+	for slot := slotOf(sessionKey(id)); slot < first || slot > last; slot = slotOf(sessionKey(id)) {
+		id = newUUID()
+	}
+	if err := s.Create(s.Context(), id, user, time.Hour); err != nil {
+		s.Errorf("Create: %v", err)
+	}
+	return id
+}
+
 func (c *redisCluster) testHalfMoved(t *testing.T) {
-	store := openRedisSessions(t, "redis://"+leastLogin+c.primaries[2].addr())
+	store := checkedStore{t, openRedisSessions(t, "redis://"+leastLogin+c.primaries[2].addr())}
 	user := testUser(1)
 	from, to := c.primaries[0], c.primaries[1]
 	const slot = 100
-	create := func() string {
-		id := newUUID()
-		for slotOf(sessionKey(id)) != slot {
-			id = newUUID()
-		}
-		if err := store.Create(t.Context(), id, user, time.Hour); err != nil {
-			t.Errorf("Create: %v", err)
-		}
-		return id
-	}
 	var ids []string
 	for range 6 {
-		ids = append(ids, create())
+		ids = append(ids, store.createIn(user, slot, slot))
 	}
 	to.do(t, "CLUSTER", "SETSLOT", slot, "IMPORTING", from.nodeID(t))
 	from.do(t, "CLUSTER", "SETSLOT", slot, "MIGRATING", to.nodeID(t))
+	migrate := func(id string) { from.do(t, "MIGRATE", "127.0.0.1", to.port, sessionKey(id), 0, 5000) }
 	for _, id := range ids[:4] {
-		from.do(t, "MIGRATE", "127.0.0.1", to.port, sessionKey(id), 0, 5000)
+		migrate(id)
 	}
 	before := c.asked(t)
 	for range 2 {
-		ids = append(ids, create())
+		ids = append(ids, store.createIn(user, slot, slot))
 	}
 	for i, id := range ids {
-		if got, err := store.Get(t.Context(), id); got != user || err != nil {
-			t.Errorf("Get: %v, %v, want %v", got, err, user)
-		}
+		store.some(id, user)
 		if i%2 == 0 {
-			if err := store.Delete(t.Context(), id); err != nil {
-				t.Errorf("Delete: %v", err)
-			}
+			store.remove(id)
 		}
 	}
 	if n := c.asked(t) - before; n < 8 {
@@ -4424,46 +4423,27 @@ func (c *redisCluster) testHalfMoved(t *testing.T) {
 	}
 	for _, id := range ids {
 		if from.has(id) {
-			from.do(t, "MIGRATE", "127.0.0.1", to.port, sessionKey(id), 0, 5000)
+			migrate(id)
 		}
 	}
 	for _, node := range []*redisServer{to, from} {
 		node.do(t, "CLUSTER", "SETSLOT", slot, "NODE", to.nodeID(t))
 	}
 	for i, id := range ids {
-		var want error
 		if i%2 == 0 {
-			want = errNoSession
-		}
-		if _, err := store.Get(t.Context(), id); !errors.Is(err, want) {
-			t.Errorf("Get of session %d: %v, want %v", i, err, want)
+			store.none(id)
+		} else {
+			store.some(id, user)
 		}
 	}
 }
 
 func (c *redisCluster) testResharding(t *testing.T) {
-	store := openRedisSessions(t, "redis://"+leastLogin+c.primaries[2].addr())
+	store := checkedStore{t, openRedisSessions(t, "redis://"+leastLogin+c.primaries[2].addr())}
 	user := testUser(1)
-	const slots = 100 // move, from the lowest on; sessions are made in the first of them
-	create := func() (id string, err error) {
-		id = newUUID()
-		for slotOf(sessionKey(id)) > 80 {
-			id = newUUID()
-		}
-		return id, store.Create(t.Context(), id, user, time.Hour)
-	}
-	alive := func(id string) {
-		if got, err := store.Get(t.Context(), id); got != user || err != nil {
-			t.Errorf("Get: %v, %v, want %v", got, err, user)
-		}
-	}
 	var live, ended []string
 	for range 300 {
-		id, err := create()
-		if err != nil {
-			t.Fatal(err)
-		}
-		live = append(live, id)
+		live = append(live, store.createIn(user, 0, 80))
 	}
 	before := c.asked(t)
 	var done atomic.Bool
@@ -4471,44 +4451,34 @@ func (c *redisCluster) testResharding(t *testing.T) {
 	for range 4 {
 		workers.Go(func() {
 			for !done.Load() {
-				alive(live[rand.N(len(live))])
+				store.some(live[rand.N(len(live))], user)
 			}
 		})
 	}
 	workers.Go(func() {
 		for !done.Load() {
-			id, err := create()
-			if err != nil {
-				t.Errorf("Create: %v", err)
-			}
-			alive(id)
-			if err := store.Delete(t.Context(), id); err != nil {
-				t.Errorf("Delete: %v", err)
-			}
+			id := store.createIn(user, 0, 80)
+			store.some(id, user)
+			store.remove(id)
 			ended = append(ended, id)
-			if _, err := store.Get(t.Context(), ended[rand.N(len(ended))]); !errors.Is(err, errNoSession) {
-				t.Errorf("Get of a session that has ended: %v", err)
-			}
+			store.none(ended[rand.N(len(ended))])
 		}
 	})
 	out, err := c.host.command("redis-cli", "--cluster", "reshard", c.primaries[0].addr(), "--cluster-yes",
 		"--cluster-from", c.primaries[0].nodeID(t), "--cluster-to", c.primaries[1].nodeID(t),
-		"--cluster-slots", strconv.Itoa(slots), "--cluster-pipeline", "1").CombinedOutput()
+		"--cluster-slots", "100", "--cluster-pipeline", "1").CombinedOutput() // the lowest ones move
 	done.Store(true)
 	workers.Wait()
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	for _, id := range live {
-		alive(id)
+		store.some(id, user)
 	}
 	for _, id := range ended {
-		if _, err := store.Get(t.Context(), id); !errors.Is(err, errNoSession) {
-			t.Errorf("Get of a session that has ended: %v", err)
-		}
+		store.none(id)
 	}
-	asked := c.asked(t) - before
-	if asked == 0 || len(ended) == 0 {
+	if asked := c.asked(t) - before; asked == 0 || len(ended) == 0 {
 		t.Errorf("ASKING was sent %d times, and %d sessions ended meanwhile", asked, len(ended))
 	}
 }
@@ -5938,6 +5908,25 @@ func TestEveryConnectionHasThePragmas(t *testing.T) {
 				t.Errorf("%s: writing: %v, want that only the writer can", name, err)
 			}
 		}
+	}
+}
+
+func TestAWriteKeepsOtherProgramsOutFromItsBeginning(t *testing.T) {
+	t.Parallel()
+	file := originalFile(t, originalDDL)
+	db, err := openDatabase(t.Context(), file.dbPath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	other := openSQL(t, file.dbPath)
+	defer other.Close()
+	err = db.write(t.Context(), "testing", func(context.Context, *sql.Tx) error { // it has changed nothing yet
+		_, err := other.Exec(`PRAGMA busy_timeout = 0; DELETE FROM users`)
+		return err
+	})
+	if !errors.Is(err, errRefused) {
+		t.Errorf("another program's write: %v, want errRefused", err)
 	}
 }
 
