@@ -4897,17 +4897,22 @@ func (f redisFault) test(t *testing.T) {
 	}
 	s.want(200, s.signIn(email))
 	s.register(newEmail())
+	f.wantCause(s)
+	wantEnds(t, r.url())
+}
+
+func (f redisFault) wantCause(s *service) {
+	s.Helper()
 	message := "store out of reach"
 	if f.cause != "" {
 		message = "store refuses"
 	}
-	s.log.find(t, message)
+	s.log.find(s, message)
 	if !slices.ContainsFunc(s.log.lines(message), func(line map[string]any) bool {
 		return strings.Contains(line["err"].(string), f.cause)
 	}) {
-		t.Errorf("no line %q names the cause %q:\n%s", message, f.cause, s.log)
+		s.Errorf("no line %q names the cause %q:\n%s", message, f.cause, s.log)
 	}
-	wantEnds(t, r.url())
 }
 
 // wantOutageInTime has many look a session up at once, none of whom may wait for long.
@@ -5038,9 +5043,8 @@ func TestStartWithoutAWillingRedis(t *testing.T) {
 			}
 			email := newEmail()
 			s.addAccount(email, bcrypt.MinCost)
-			header := cookie(newUUID())
-			status := s.status("POST", "/user/signin", credentials(email, password), header)
-			if status != tt.signIn {
+			body := credentials(email, password)
+			if status := s.status("POST", "/user/signin", body, cookie(newUUID())); status != tt.signIn {
 				t.Errorf("POST /user/signin: status %d, want %d", status, tt.signIn)
 			}
 			s.want(tt.lookup, newUUID())
