@@ -3345,93 +3345,105 @@ func TestSessionStores(t *testing.T) {
 	t.Run("redis", func(t *testing.T) { testSessionStore(t, openRedisSessions(t, redisURL(t))) })
 }
 
+// checkedStore fails the test where a call has another result than it must.
+type checkedStore struct {
+	*testing.T
+	SessionStore
+}
+
+func (s checkedStore) create(user User, ttl time.Duration) string {
+	id := newUUID()
+	err := s.Create(s.Context(), id, user, ttl)
+	for errors.Is(err, errUnavailable) { // a slow disk may not take all of them in time
+		err = s.Create(s.Context(), id, user, ttl)
+	}
+	if err != nil {
+		s.Errorf("Create: %v", err)
+	}
+	return id
+}
+
+func (s checkedStore) remove(id string) {
+	if err := s.Delete(s.Context(), id); err != nil {
+		s.Errorf("Delete: %v", err)
+	}
+}
+
+func (s checkedStore) some(id string, user User) {
+	s.Helper()
+	if got, err := s.Get(s.Context(), id); got != user || err != nil {
+		s.Errorf("Get: %v, %v, want %v", got, err, user)
+	}
+}
+
+func (s checkedStore) none(id string) {
+	s.Helper()
+	user, err := s.Get(s.Context(), id)
+	if !errors.Is(err, errNoSession) || errors.Is(err, errUnavailable) || user != (User{}) {
+		s.Errorf("Get: %v, %v, want errNoSession", user, err)
+	}
+	if err := s.Delete(s.Context(), id); !errors.Is(err, errNoSession) || errors.Is(err, errUnavailable) {
+		s.Errorf("Delete: %v, want errNoSession", err)
+	}
+}
+
 // testSessionStore is what every session backend has to pass.
 func testSessionStore(t *testing.T, store SessionStore) {
-	ctx := t.Context()
-	create := func(user User, ttl time.Duration) string {
-		id := newUUID()
-		err := store.Create(ctx, id, user, ttl)
-		for errors.Is(err, errUnavailable) { // a slow disk may not take all of them in time
-			err = store.Create(ctx, id, user, ttl)
-		}
-		if err != nil {
-			t.Errorf("Create: %v", err)
-		}
-		return id
-	}
-	remove := func(id string) {
-		if err := store.Delete(ctx, id); err != nil {
-			t.Errorf("Delete: %v", err)
-		}
-	}
-	some := func(id string, user User) {
-		t.Helper()
-		if got, err := store.Get(ctx, id); got != user || err != nil {
-			t.Errorf("Get: %v, %v, want %v", got, err, user)
-		}
-	}
-	none := func(id string) {
-		t.Helper()
-		user, err := store.Get(ctx, id)
-		if !errors.Is(err, errNoSession) || errors.Is(err, errUnavailable) || user != (User{}) {
-			t.Errorf("Get: %v, %v, want errNoSession", user, err)
-		}
-		if err := store.Delete(ctx, id); !errors.Is(err, errNoSession) || errors.Is(err, errUnavailable) {
-			t.Errorf("Delete: %v, want errNoSession", err)
-		}
-	}
-	if err := store.Ping(ctx); err != nil {
+	s := checkedStore{t, store}
+	if err := s.Ping(t.Context()); err != nil {
 		t.Errorf("Ping: %v", err)
 	}
-	none(newUUID())
+	s.none(newUUID())
 	user := testUser(1)
-	id, other := create(user, time.Hour), create(user, time.Hour)
-	some(id, user)
-	some(id, user)
-	remove(id)
-	none(id)
-	some(other, user)
+	id, other := s.create(user, time.Hour), s.create(user, time.Hour)
+	s.some(id, user)
+	s.remove(id)
+	s.none(id)
+	s.some(other, user)
 
 	strange := testUser(1)
 	strange.Name = "李 \r\n$5\r\n*1\x00\xff\"'"
 	strange.Email = strings.Repeat("x", 5000)
-	some(create(strange, time.Hour), strange)
+	s.some(s.create(strange, time.Hour), strange)
 
-	short := create(user, time.Second)
+	short := s.create(user, time.Second)
 	eventually(t, 10*time.Second, "the session ends", func() bool {
-		_, err := store.Get(ctx, short)
+		_, err := s.Get(t.Context(), short)
 		return errors.Is(err, errNoSession)
 	})
-	none(short)
-	create(user, time.Hour) // SQLite sweeps then
-	none(short)
+	s.none(short)
 
-	together(200, func(i int) { // each gets its own
+	together(50, func(i int) { // each gets its own
 		user := testUser(i)
-		id := create(user, time.Hour)
+		id := s.create(user, time.Hour)
 		for range 10 {
-			some(id, user)
+			s.some(id, user)
 		}
 	})
-	for range 20 { // deleted while it is read
-		id := create(user, time.Hour)
-		var deleted atomic.Bool
-		together(9, func(i int) {
-			if i == 0 {
-				remove(id)
-				deleted.Store(true)
-				return
-			}
-			for range 20 {
-				gone := deleted.Load()
-				got, err := store.Get(ctx, id)
-				if err == nil && (gone || got != user) || err != nil && !errors.Is(err, errNoSession) {
-					t.Errorf("Get: %v, %v (deleted before: %v)", got, err, gone)
-				}
-			}
-		})
-		none(id)
+	for range 5 {
+		s.readWhileDeleted()
 	}
+}
+
+func (s checkedStore) readWhileDeleted() {
+	user := testUser(1)
+	id := s.create(user, time.Hour)
+	var deleted atomic.Bool
+	together(9, func(i int) {
+		if i == 0 {
+			s.remove(id)
+			deleted.Store(true)
+			return
+		}
+		for range 20 {
+			gone := deleted.Load()
+			got, err := s.Get(s.Context(), id)
+			if err == nil && (gone || got != user) || err != nil && !errors.Is(err, errNoSession) {
+				s.Errorf("Get: %v, %v (deleted before: %v)", got, err, gone)
+			}
+		}
+	})
+	s.none(id)
 }
 
 // storeCalls are the four things that are asked of a store.
@@ -3445,22 +3457,6 @@ var storeCalls = map[string]func(store SessionStore, id string) error{
 	},
 	"Delete": func(store SessionStore, id string) error { return store.Delete(context.Background(), id) },
 	"Ping":   func(store SessionStore, _ string) error { return store.Ping(context.Background()) },
-}
-
-func TestTroubleIsNotAbsence(t *testing.T) {
-	db := openTestDatabase(t)
-	db.Close()
-	for name, store := range map[string]SessionStore{
-		"redis":  openRedisSessions(t, "redis://127.0.0.1:"+freePort()),
-		"sqlite": &sqliteSessions{db},
-	} {
-		for what, call := range storeCalls {
-			err := call(store, newUUID())
-			if err == nil || errors.Is(err, errNoSession) || name == "redis" && !errors.Is(err, errUnavailable) {
-				t.Errorf("%s %s of a store that is away: %v", name, what, err)
-			}
-		}
-	}
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -3606,7 +3602,6 @@ func wantOwn(t testing.TB, store *redisSessions) {
 
 func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
 	t.Parallel()
-	const endless = "$1000000000\r\n"
 	long := bulkString(strings.Repeat("x", 300_000))
 	field := bulkString("field") + bulkString(strings.Repeat("x", 40_000))
 	nested := strings.Repeat("*2\r\n:1\r\n", 1000) + ":1\r\n"
@@ -3633,18 +3628,14 @@ func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
 		{name: "an id and more", at: "HGETALL", reply: "*4\r\n$2\r\nid\r\n$1\r\n7\r\n$1\r\nx\r\n" + nested},
 
 		{name: "a number for a hash", at: "HGETALL", reply: ":1\r\n", then: ends},
-		{name: "nothing for a hash", at: "HGETALL", reply: "$-1\r\n", then: ends},
 		{name: "no array for a hash", at: "HGETALL", reply: "*-1\r\n", then: ends},
 		{name: "half a pair for a hash", at: "HGETALL", reply: "*1\r\n$2\r\nid\r\n", then: ends},
-		{name: "numbers for a hash", at: "HGETALL", reply: "*2\r\n:1\r\n:2\r\n", then: ends},
 		{name: "an array for a name", at: "HGETALL", reply: "*2\r\n*0\r\n:1\r\n", then: ends},
 		{name: "text for a deletion", at: "DEL", reply: bulkString("1"), then: ends},
-		{name: "OK for a deletion", at: "DEL", reply: "+OK\r\n", then: ends},
 		{name: "an error without words", at: "DEL", reply: "-\r\n", then: ends},
 		{name: "less than nothing", at: "DEL", reply: ":-1\r\n", then: ends},
 		{name: "nothing for a creation", at: "EXEC", reply: "*-1\r\n", then: ends},
 		{name: "one reply for a creation", at: "EXEC", reply: "*1\r\n:5\r\n", then: ends},
-		{name: "three for a creation", at: "EXEC", reply: "*3\r\n:5\r\n:1\r\n:1\r\n", then: ends},
 		{name: "text for a creation", at: "EXEC", reply: "*2\r\n$1\r\n5\r\n$1\r\n1\r\n", then: ends},
 		{name: "a creation that is not queued", at: "HSET", reply: ":5\r\n", then: ends},
 		{name: "garbage", at: "HGETALL", reply: "HTTP/1.1 400 Bad Request\r\n\r\n", then: ends},
@@ -3654,32 +3645,24 @@ func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
 		{name: "no session", at: "DEL", reply: ":0\r\n", want: errNoSession},
 		{name: "another type", at: "HGETALL", reply: "-WRONGTYPE of value\r\n", want: errNoSession},
 		{name: "a refused lookup", at: "HGETALL", reply: "-NOPERM\r\n", want: errRefused},
-		{name: "a refused deletion", at: "DEL", reply: "-NOPERM\r\n", want: errRefused},
-		{name: "a refused transaction", at: "MULTI", reply: "-NOPERM\r\n", want: errRefused},
 		{name: "a refused hash", at: "HSET", reply: "-OOM\r\n", want: errRefused},
-		{name: "a refused expiry", at: "EXPIRE", reply: "-NOPERM\r\n", want: errRefused},
 		{name: "a refused execution", at: "EXEC", reply: "-EXECABORT\r\n", want: errRefused},
 		{name: "an end that is refused", at: "EXEC", reply: "*2\r\n:5\r\n-NOPERM\r\n", want: errRefused},
 		{name: "an end that is none", at: "EXEC", reply: "*2\r\n:5\r\n:0\r\n", want: errRefused},
 
 		{name: "a value too long", at: "HGETALL", reply: "*2\r\n$2\r\nid\r\n" + long, then: ends},
 		{name: "a name too long", at: "HGETALL", reply: "*2\r\n" + long + "$1\r\nx\r\n", then: ends},
-		{name: "too long to skip", at: "HGETALL", reply: "*2\r\n$1\r\nx\r\n" + endless, then: ends},
-		{name: "too long together", at: "HGETALL", reply: "*2000\r\n" + strings.Repeat(field, 10), then: ends},
-		{name: "a length of 20 digits", at: "HGETALL", reply: "*99999999999999999999\r\n", then: ends},
+		{name: "too long in all", at: "HGETALL", reply: "*2000\r\n" + strings.Repeat(field, 10), then: ends},
 		{name: "an endless line", at: "HGETALL", reply: "-" + strings.Repeat("x", 20_000), then: ends},
 		{name: "endless nesting", at: "HGETALL", reply: "*2\r\n$1\r\nx\r\n" + deep, then: ends},
 
 		{name: "another's nonce", call: "Get", at: "ECHO", reply: bulkString("another's"), then: tried},
-		{name: "a refused nonce", call: "Ping", at: "ECHO", reply: "-NOPERM\r\n", want: errRefused, then: tried},
-		{name: "a number for a nonce", call: "Delete", at: "ECHO", reply: ":1\r\n", then: tried},
+		{name: "refused", call: "Ping", at: "ECHO", reply: "-NOPERM\r\n", want: errRefused, then: tried},
 		{name: "no nonce", call: "Create", at: "ECHO", reply: "$-1\r\n", then: tried},
 		{name: "a reply too many", at: "HGETALL", reply: "*0\r\n*0\r\n", then: tried},
 		{name: "cut", at: "HGETALL", reply: cutOff, then: tried},
-		{name: "cut before the nonce", call: "Delete", at: "ECHO", reply: cutOff, then: tried},
 		{name: "a creation that is cut", at: "HSET", reply: cutOff, then: tried},
 		{name: "a reply too few", at: "HGETALL", reply: "", then: silent},
-		{name: "half a reply", at: "HGETALL", reply: "*2\r\n$2\r\nid", then: silent},
 		{name: "silence", call: "Create", at: "ECHO", reply: "", then: silent},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -3800,99 +3783,22 @@ func TestNothingThatTimedOutIsSentAgain(t *testing.T) {
 	}
 }
 
-func TestWhatWaitsForRedisIsBounded(t *testing.T) { // not in parallel: it keeps the machine busy
-	silent := startFakeRedis(t, plainReply)
-	silent.mute = true
+func TestARedisThatReadsNothingHoldsNobodyUp(t *testing.T) {
+	t.Parallel()
 	deaf := startFakeRedis(t, func([]string) string {
 		<-t.Context().Done()
 		return cutOff
 	})
 	large := testUser(1)
-	large.Name = strings.Repeat("x", 64<<20)
-	for _, tt := range []struct {
-		name    string
-		redis   *fakeRedis
-		callers int
-		call    func(store SessionStore) error
-	}{
-		{"a connection", silent, maxQueued + 100, func(s SessionStore) error { return s.Ping(t.Context()) }},
-		{"one that reads", deaf, 1, func(s SessionStore) error {
-			return s.Create(t.Context(), newUUID(), large, time.Hour)
-		}},
-	} {
-		store := openRedisSessions(t, tt.redis.url())
-		var first sync.WaitGroup
-		first.Go(func() { tt.call(store) })
-		eventually(t, 10*time.Second, "Redis is dialled", func() bool { return store.metrics()["redis_dials_total"] == 1 })
-		var full, late atomic.Int64
-		together(tt.callers, func(int) {
-			began := time.Now()
-			err := tt.call(store)
-			if !errors.Is(err, errUnavailable) {
-				t.Errorf("%s: %v, want errUnavailable", tt.name, err)
-			}
-			if errors.Is(err, errQueueFull) {
-				full.Add(1)
-			}
-			if time.Since(began) > 3*time.Second {
-				late.Add(1)
-			}
-		})
-		room := int64(max(tt.callers+1-maxQueued, 0))
-		if full.Load() > room || full.Load() == 0 && room > 0 || late.Load() > 0 {
-			t.Errorf("of %d that wait for %s %d found no room, want %d; %d were told after 3 s",
-				tt.callers, tt.name, full.Load(), room, late.Load())
+	large.Name = strings.Repeat("x", 16<<20) // more than the kernel takes
+	store := openRedisSessions(t, deaf.url())
+	together(2, func(int) {
+		began := time.Now()
+		err := store.Create(t.Context(), newUUID(), large, time.Hour)
+		if took := time.Since(began); !errors.Is(err, errUnavailable) || took > 3*time.Second {
+			t.Errorf("Create: %v after %v, want errUnavailable within 3 s", err, took)
 		}
-		first.Wait()
-	}
-}
-
-func TestCloseTellsWhatWaits(t *testing.T) {
-	t.Parallel()
-	for name, mute := range map[string]bool{"for replies": false, "for a connection": true} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			f := startFakeRedis(t, func([]string) string { return "" })
-			f.mute = mute
-			store := openRedisSessions(t, f.url())
-			var waiting sync.WaitGroup
-			for range 10 {
-				waiting.Go(func() {
-					_, err := store.Get(t.Context(), newUUID())
-					if !errors.Is(err, errUnavailable) || !mute && !errors.Is(err, errClosed) {
-						t.Errorf("Get: %v, want errClosed", err)
-					}
-				})
-			}
-			eventually(t, 10*time.Second, "the lookups wait", func() bool {
-				dialed, _ := f.connections()
-				return dialed == 1 && (mute || f.seen("HGETALL") == 10)
-			})
-			store.Close()
-			waiting.Wait()
-			for what, call := range storeCalls {
-				if err := call(store, newUUID()); !errors.Is(err, errClosed) || !errors.Is(err, errUnavailable) {
-					t.Errorf("%s after Close: %v, want errClosed", what, err)
-				}
-			}
-			eventually(t, 10*time.Second, "no connection is left", func() bool {
-				dialed, open := f.connections()
-				return dialed == 1 && open == 0
-			})
-		})
-	}
-}
-
-// fakeSentinel names the address of a primary, or says something else.
-func fakeSentinel(t testing.TB, reply string) *fakeRedis {
-	t.Helper()
-	return startFakeRedis(t, func(command []string) string { return reply })
-}
-
-// primaryAt is a sentinel's reply.
-func primaryAt(addr string) string {
-	host, port, _ := net.SplitHostPort(addr)
-	return "*2\r\n" + bulkString(host) + bulkString(port)
+	})
 }
 
 func TestRedisURLs(t *testing.T) {
@@ -3900,17 +3806,16 @@ func TestRedisURLs(t *testing.T) {
 		addrs string
 		shown string
 	}{
-		"redis://localhost":                           {"localhost:6379", "redis://localhost:6379/0"},
-		"redis://h:7/":                                {"h:7", "redis://h:7/0"},
-		"redis://u:p%40w@h:7/2":                       {"h:7", "redis://h:7/2"},
-		"redis://:p:w@h/15":                           {"h:6379", "redis://h:6379/15"},
-		"redis://:@h":                                 {"h:6379", "redis://h:6379/0"},
-		"redis://u:@h":                                {"h:6379", "redis://h:6379/0"},
-		"rediss://u%40x:p%2Fw@[::1]":                  {"[::1]:6379", "rediss://[::1]:6379/0"},
-		"rediss://[fe80::1%25eth0]":                   {"[fe80::1%eth0]:6379", "rediss://[fe80::1%25eth0]:6379/0"},
-		"redis-sentinel://a:1,b,c:3/mymaster":         {"a:1 b:26379 c:3", "redis-sentinel://a:1,b:26379,c:3/mymaster"},
-		"redis-sentinel://u:p@a/my-master.1/3":        {"a:26379", "redis-sentinel://a:26379/my-master.1/3"},
-		"redis-sentinel://a:26379,[fd00::1]:26379/7/": {"a:26379 [fd00::1]:26379", "redis-sentinel://a:26379,[fd00::1]:26379/7"},
+		"redis://localhost":                    {"localhost:6379", "redis://localhost:6379/0"},
+		"redis://h:7/":                         {"h:7", "redis://h:7/0"},
+		"redis://u:p%40w@h:7/2":                {"h:7", "redis://h:7/2"},
+		"redis://:p:w@h/15":                    {"h:6379", "redis://h:6379/15"},
+		"redis://:@h":                          {"h:6379", "redis://h:6379/0"},
+		"redis://u:@h":                         {"h:6379", "redis://h:6379/0"},
+		"rediss://u%40x:p%2Fw@[::1]":           {"[::1]:6379", "rediss://[::1]:6379/0"},
+		"rediss://[fe80::1%25e0]":              {"[fe80::1%e0]:6379", "rediss://[fe80::1%25e0]:6379/0"},
+		"redis-sentinel://a:1,b,c:3/m":         {"a:1 b:26379 c:3", "redis-sentinel://a:1,b:26379,c:3/m"},
+		"redis-sentinel://u:p@a/my-master.1/3": {"a:26379", "redis-sentinel://a:26379/my-master.1/3"},
 	} {
 		got, err := parseRedisURL(url)
 		if err != nil || strings.Join(got.addrs, " ") != want.addrs || got.String() != want.shown {
@@ -3918,11 +3823,12 @@ func TestRedisURLs(t *testing.T) {
 		}
 	}
 	for _, url := range []string{
-		"", "localhost:6379", "http://h", "redis://", "redis://:6379", "redis://ho st:6379", "redis://h:0", "redis://h:65536",
-		"redis://h:s3cret", "redis://a,,b", "redis://h/s3cret", "redis://:s3cret%40h:6379/0x", "redis://h/0?db=s3cret",
-		"redis://h/-1", "redis://u:s3cret%@h", "redis://h#s3cret", "redis://s3cret@h", "redis://u:s3c@s3cret@h", "redis://::1",
-		"redis://h:6379:", "redis-sentinel://h", "redis-sentinel://h/", "redis-sentinel://h,/m", "redis-sentinel://h/m/s3cret",
-		"redis-sentinel:///m", "redis-sentinel://u:26/s3cret@h:1/1",
+		"", "localhost:6379", "http://h", "redis://:6379", "redis://ho st", "redis://h:0", "redis://h:65536",
+		"redis://h:s3cret", "redis://a,,b", "redis://h/s3cret", "redis://:s3cret%40h:6379/0x",
+		"redis://h/0?db=s3cret", "redis://h/-1", "redis://u:s3cret%@h", "redis://h#s3cret",
+		"redis://s3cret@h", "redis://u:s3c@s3cret@h", "redis://::1", "redis://h:6379:", "redis-sentinel://h",
+		"redis-sentinel://h,/m", "redis-sentinel://h/m/s3cret", "redis-sentinel:///m",
+		"redis-sentinel://u:26/s3cret@h:1/1",
 	} {
 		if got, err := parseRedisURL(url); err == nil || strings.Contains(err.Error(), "s3cret") {
 			t.Errorf("%s: %v, %v, want an error that tells nothing", url, got, err)
@@ -4067,26 +3973,6 @@ func TestAnOldPrimaryIsLeft(t *testing.T) {
 	})
 }
 
-// startHangUp takes connections, and closes each when something is sent on it.
-func startHangUp(t *testing.T) (addr string) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			conn.Read(make([]byte, 1))
-			conn.(*net.TCPConn).CloseWrite()
-		}
-	}()
-	return l.Addr().String()
-}
-
 func TestWhatCannotBeConnectedIsNamed(t *testing.T) {
 	t.Parallel()
 	says := func(reply string) string {
@@ -4098,12 +3984,9 @@ func TestWhatCannotBeConnectedIsNamed(t *testing.T) {
 	for _, tt := range []struct{ login, addr, cause string }{
 		{"", gone, "connection refused"},
 		{"", "no-such-host.invalid:6379", "no such host"},
-		{"", startHangUp(t), "ECHO: closed the connection"},
 		{"", silent.addr, "connecting takes longer than a request can wait"},
-		{":password@", startHangUp(t), "AUTH: closed the connection"},
+		{":password@", says(cutOff), "AUTH: closed the connection"},
 		{":password@", says("-WRONGPASS no\r\n"), "WRONGPASS no"},
-		{":password@", says("$99999999999999999999\r\n"), "AUTH: a reply of the wrong shape"},
-		{":password@", says("*1000000000\r\n"), "AUTH: a reply of the wrong shape"},
 		{":password@", says(strings.Repeat("+", 20_000)), "AUTH: a reply larger than any session"},
 		{":password@", says("HTTP/1.1 400 Bad Request\r\n\r\n"), "AUTH: a reply of the wrong shape"},
 	} {
@@ -4111,7 +3994,8 @@ func TestWhatCannotBeConnectedIsNamed(t *testing.T) {
 			t.Parallel()
 			err := openRedisSessions(t, "redis://"+tt.login+tt.addr).Ping(t.Context())
 			text := fmt.Sprint(err)
-			if !errors.Is(err, errUnavailable) || !strings.Contains(text, tt.addr) || !strings.Contains(text, tt.cause) {
+			named := strings.Contains(text, tt.addr) && strings.Contains(text, tt.cause)
+			if !errors.Is(err, errUnavailable) || !named {
 				t.Errorf("%v, want %s and %q", err, tt.addr, tt.cause)
 			}
 		})
@@ -4120,41 +4004,11 @@ func TestWhatCannotBeConnectedIsNamed(t *testing.T) {
 		t.Parallel()
 		store := openRedisSessions(t, "redis://"+silent.addr+","+startFakeRedis(t, plainReply).addr)
 		began := time.Now()
-		eventually(t, 10*time.Second, "the second one answers", func() bool { return store.Ping(t.Context()) == nil })
+		eventually(t, 10*time.Second, "the second one answers", func() bool {
+			return store.Ping(t.Context()) == nil
+		})
 		if took := time.Since(began); took > 3*time.Second {
 			t.Errorf("answered after %v, want 3 s at most", took)
-		}
-	})
-	t.Run("a node of a cluster is gone", func(t *testing.T) {
-		t.Parallel()
-		id := newUUID()
-		moved := fmt.Sprintf("-MOVED %d %s", slotOf(sessionKey(id)), gone)
-		entry := fakeCluster(t, "", map[string][]string{"HGETALL": slices.Repeat([]string{moved}, 3)})[0]
-		store := openRedisSessions(t, entry.url())
-		_, err := store.Get(t.Context(), id)
-		if want := gone + ": connect: connection refused"; !strings.Contains(fmt.Sprint(err), want) {
-			t.Errorf("Get: %v, want %s", err, want)
-		}
-		wantOwn(t, store)
-		if _, err := store.Get(t.Context(), id); err != nil { // the entry has it now
-			t.Errorf("Get: %v", err)
-		}
-	})
-	t.Run("a node of a cluster wants another password", func(t *testing.T) {
-		t.Parallel()
-		id := newUUID()
-		nodes := fakeCluster(t, sessionKey(id),
-			map[string][]string{"HGETALL": slices.Repeat([]string{"-MOVED SLOT #1"}, 9999)},
-			map[string][]string{"AUTH": slices.Repeat([]string{"-WRONGPASS"}, 9999)})
-		store := openRedisSessions(t, "redis://:password@"+nodes[0].addr)
-		began := time.Now()
-		for range 200 {
-			if _, err := store.Get(t.Context(), id); !isRefusal(err, "WRONGPASS") {
-				t.Errorf("Get: %v, want WRONGPASS", err)
-			}
-		}
-		if n, most := nodes[1].seen("AUTH"), int(time.Since(began)/attemptPause)+1; n > most {
-			t.Errorf("%d logins, want %d at most", n, most)
 		}
 	})
 }
@@ -4162,8 +4016,8 @@ func TestWhatCannotBeConnectedIsNamed(t *testing.T) {
 // ---------------------------------------------------------------------------------------------------
 // session.go: a cluster.
 
-// fakeCluster starts nodes, each of which answers a command with the replies of its script, one after the other,
-// and then with plainReply. In a reply #1 stands for the second node's address, SLOT for the key's slot.
+// fakeCluster starts nodes, each of which answers a command with the replies of its script, one by one, and
+// then with plainReply. In a reply #1 stands for the second node's address, SLOT for the key's slot.
 func fakeCluster(t testing.TB, key string, scripts ...map[string][]string) []*fakeRedis {
 	t.Helper()
 	nodes := make([]*fakeRedis, len(scripts))
@@ -4202,8 +4056,8 @@ func TestRedirections(t *testing.T) {
 	type script = map[string][]string
 	const moved, ask, aborted = "-MOVED SLOT #1", "-ASK SLOT #1", "-EXECABORT"
 	get := func(replies ...string) script { return script{"HGETALL": replies} }
-	commands := strings.NewReplacer("L", "HGETALL ECHO ", "D", "DEL ECHO ", "C", "MULTI HSET EXPIRE EXEC ECHO ",
-		"A", "ASKING ")
+	commands := strings.NewReplacer("L", "HGETALL ECHO ", "D", "DEL ECHO ", "A", "ASKING ",
+		"C", "MULTI HSET EXPIRE EXEC ECHO ")
 	for _, tt := range []struct {
 		name    string
 		call    string   // Get if it is not named
@@ -4215,13 +4069,14 @@ func TestRedirections(t *testing.T) {
 		{name: "none", nodes: []script{nil}, sent: "LL"},
 		{name: "MOVED is remembered", nodes: []script{get(moved), nil}, sent: "L|LL"},
 		{name: "ASK is not", nodes: []script{get(ask, ask), nil}, sent: "LL|ALAL"},
-		{name: "no host", nodes: []script{get("-MOVED SLOT :PORT1"), nil}, sent: "L|LL"},
 		{name: "an unknown host", nodes: []script{get("-MOVED SLOT ?:PORT1"), nil}, sent: "L|LL"},
-		{name: "five", nodes: []script{get(moved), get("-MOVED SLOT #2"), get("-ASK SLOT #3"), get("-ASK SLOT #4"),
-			get("-MOVED SLOT #5"), nil}, sent: "L|L|L|AL|AL|LL"},
-		{name: "six", nodes: []script{get(moved, moved, moved), get(slices.Repeat([]string{"-MOVED SLOT #0"}, 3)...)},
+		{name: "five", nodes: []script{get(moved), get("-MOVED SLOT #2"), get("-ASK SLOT #3"),
+			get("-ASK SLOT #4"), get("-MOVED SLOT #5"), nil}, sent: "L|L|L|AL|AL|LL"},
+		{name: "six", nodes: []script{get(moved, moved, moved),
+			get(slices.Repeat([]string{"-MOVED SLOT #0"}, 3)...)},
 			want: errUnavailable, sent: "LLLL|LLL", dialled: 2},
-		{name: "to itself", nodes: []script{get("-MOVED SLOT #0", "-MOVED SLOT #0")}, sent: "LLLL", dialled: 3},
+		{name: "to itself", nodes: []script{get("-MOVED SLOT #0", "-MOVED SLOT #0")},
+			sent: "LLLL", dialled: 3},
 		{name: "a deletion", call: "Delete", nodes: []script{{"DEL": {moved}}, nil}, sent: "D|DD"},
 		{name: "a creation at HSET", call: "Create",
 			nodes: []script{{"HSET": {moved}, "EXPIRE": {moved}, "EXEC": {aborted}}, nil}, sent: "C|CC"},
@@ -4229,14 +4084,14 @@ func TestRedirections(t *testing.T) {
 		{name: "a creation while its slot moves", call: "Create",
 			nodes: []script{{"HSET": {ask}, "EXPIRE": {ask}, "EXEC": {aborted}}, nil}, sent: "CC|AC"},
 
-		{name: "no right to ASKING", nodes: []script{get(ask), {"ASKING": {"-NOPERM"}}}, want: errRefused, sent: "LL|AL"},
-		{name: "nowhere", nodes: []script{get("-MOVED")}, want: errRefused, sent: "LL"},
+		{name: "no right to ASKING", nodes: []script{get(ask), {"ASKING": {"-NOPERM"}}},
+			want: errRefused, sent: "LL|AL"},
 		{name: "no slot", nodes: []script{get("-MOVED #1"), nil}, want: errRefused, sent: "LL|"},
-		{name: "no number", nodes: []script{get("-MOVED x #1"), nil}, want: errRefused, sent: "LL|"},
-		{name: "past the last slot", nodes: []script{get("-MOVED 16384 #1"), nil}, want: errRefused, sent: "LL|"},
+		{name: "past the last slot", nodes: []script{get("-MOVED 16384 #1"), nil},
+			want: errRefused, sent: "LL|"},
 		{name: "no port", nodes: []script{get("-ASK SLOT localhost"), nil}, want: errRefused, sent: "LL|"},
-		{name: "keys on the way", nodes: []script{get("-TRYAGAIN")}, want: errRefused, sent: "LL"},
-		{name: "no slots", call: "Delete", nodes: []script{{"DEL": {"-CLUSTERDOWN"}}}, want: errRefused, sent: "DD"},
+		{name: "no slots", call: "Delete", nodes: []script{{"DEL": {"-CLUSTERDOWN"}}},
+			want: errRefused, sent: "DD"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -4266,27 +4121,6 @@ func TestRedirections(t *testing.T) {
 	_, _, addr := parseRedirection(&refusedError{"redis:6379", "MOVED 3999 2001:db8::1:6381"})
 	if addr != "[2001:db8::1]:6381" {
 		t.Errorf("an IPv6 address is read as %s", addr)
-	}
-}
-
-func TestWhatIsMovedToItselfConnectsAnewOnce(t *testing.T) {
-	t.Parallel()
-	id := newUUID()
-	var f *fakeRedis
-	f = startFakeRedis(t, func(command []string) string {
-		if f.dialed < 3 && command[0] == "HGETALL" { // the third connection reaches the right machine
-			return fmt.Sprintf("-MOVED %d %s\r\n", slotOf(sessionKey(id)), f.addr)
-		}
-		return plainReply(command)
-	})
-	store := openRedisSessions(t, f.url())
-	together(200, func(int) {
-		if user, err := store.Get(t.Context(), id); err != nil || user.ID != sessionKey(id) {
-			t.Errorf("Get: %v, %v", user, err)
-		}
-	})
-	if n, _ := f.connections(); n != 3 {
-		t.Errorf("%d connections, want 3", n)
 	}
 }
 
@@ -4348,14 +4182,15 @@ func leastRights(more ...string) []string {
 		"+hset", "+expire", "+hgetall", "+del", "+multi", "+exec", "+echo"}, more...)
 }
 
-func startCluster(t testing.TB, options ...string) *redisCluster {
+func startCluster(t testing.TB) *redisCluster {
 	t.Helper()
 	c := &redisCluster{host: ownRedisHost(t)}
 	create := []string{"redis-cli", "--cluster-yes", "--cluster-replicas", "1", "--cluster", "create"}
 	for i := range 6 {
 		bus := c.host.port()
-		node := c.host.start(t, slices.Concat([]string{"--cluster-enabled", "yes", "--cluster-port", bus,
-			"--cluster-config-file", bus + ".nodes"}, options, leastRights("+asking"))...)
+		node := c.host.start(t, append(leastRights("+asking"), "--cluster-enabled", "yes",
+			"--cluster-port", bus, "--cluster-config-file", bus+".nodes",
+			"--cluster-node-timeout", "1000")...)
 		create = append(create, node.addr())
 		if i < 3 {
 			c.primaries = append(c.primaries, node)
@@ -4370,7 +4205,8 @@ func startCluster(t testing.TB, options ...string) *redisCluster {
 		eventually(t, 30*time.Second, "the cluster serves", func() bool {
 			info, _ := redis.String(node.do(t, "CLUSTER", "INFO"), nil)
 			link, _ := redis.String(node.do(t, "INFO", "replication"), nil)
-			return strings.Contains(info, "cluster_state:ok") && !strings.Contains(link, "master_link_status:down")
+			linked := !strings.Contains(link, "master_link_status:down")
+			return linked && strings.Contains(info, "cluster_state:ok")
 		})
 	}
 	return c
@@ -4388,7 +4224,8 @@ func (r *redisServer) nodeID(t testing.TB) string {
 
 // has tells whether the server answers for a session, and holds it.
 func (r *redisServer) has(id string) bool {
-	c, err := redis.Dial("tcp", r.addr(), redis.DialReadTimeout(time.Second), redis.DialConnectTimeout(time.Second))
+	c, err := redis.Dial("tcp", r.addr(),
+		redis.DialReadTimeout(time.Second), redis.DialConnectTimeout(time.Second))
 	if err != nil {
 		return false
 	}
@@ -4411,170 +4248,103 @@ func (c *redisCluster) asked(t testing.TB) (n int) {
 	return n
 }
 
-func TestAClusterServesAsItIs(t *testing.T) {
+// TestAClusterIsServedAsItIs has one cluster, which its parts change one after the other.
+func TestAClusterIsServedAsItIs(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t)
-	addr := c.primaries[2].addr()
-	for name, url := range map[string]string{
-		"a primary":                      "redis://" + addr,
-		"a replica":                      c.replicas[1].url(),
-		"several, the first one is dead": "redis://127.0.0.1:" + freePort() + "," + addr,
-		"a user with the least rights":   "redis://" + leastLogin + addr,
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			s := start(t, "REDIS_URL="+url)
-			s.secret("s3cr")
-			user, id := s.register(newEmail())
-			for range 30 { // some on each node
-				next := s.signIn(user.Email, cookie(id))
-				s.want(401, id)
-				s.want(200, next)
-				id = next
-			}
-			if status := s.status("GET", "/healthz", ""); status != 200 {
-				t.Errorf("GET /healthz: status %d, want 200", status)
-			}
-			if status := s.status("DELETE", "/user/session", "", cookie(id)); status != 204 {
-				t.Errorf("DELETE /user/session: status %d, want 204", status)
-			}
-			s.want(401, id)
-			if n := len(s.log.lines("Redis is a cluster")); n != 1 {
-				t.Errorf("%d lines in the log say that Redis is a cluster, want 1:\n%s", n, s.log)
-			}
-		})
-	}
-	t.Run("a slot is redirected once", func(t *testing.T) {
-		t.Parallel()
-		store := openRedisSessions(t, "redis://"+addr)
-		slots := map[int]bool{}
-		user := testUser(1)
-		var ids []string
-		for i := range 1000 {
-			id := newUUID()
-			key := sessionKey(id)
-			ids = append(ids, id)
-			slots[slotOf(key)] = true
-			if want := c.primaries[0].do(t, "CLUSTER", "KEYSLOT", key); i < 20 && want != any(int64(slotOf(key))) {
-				t.Errorf("%s: slot %d, want %d", key, slotOf(key), want)
-			}
-			if err := store.Create(t.Context(), id, user, time.Hour); err != nil {
-				t.Fatal(err)
-			}
-		}
-		for _, id := range ids {
-			if got, err := store.Get(t.Context(), id); got != user || err != nil {
-				t.Errorf("Get: %v, %v, want %v", got, err, user)
-			}
-			if err := store.Delete(t.Context(), id); err != nil {
-				t.Errorf("Delete: %v", err)
-			}
-		}
-		if n := store.metrics()["redis_redirections_total"]; n == 0 || n > int64(len(slots)) {
-			t.Errorf("%d redirections for %d slots", n, len(slots))
-		}
-	})
-	t.Run("a database other than 0", func(t *testing.T) {
-		t.Parallel()
-		s := start(t, "REDIS_URL=redis://"+addr+"/3")
-		s.expectErrors()
-		s.want(503, newUUID())
-		line := s.log.find(t, "store refuses")
-		if cause, _ := line["err"].(string); !strings.Contains(cause, "SELECT is not allowed in cluster mode") {
-			t.Errorf("line %v, want the cause", line)
-		}
-	})
-}
-
-// TestAClusterThatChanges has one cluster, which its parts change one after the other.
-func TestAClusterThatChanges(t *testing.T) {
-	t.Parallel()
-	c := startCluster(t, "--cluster-node-timeout", "1000")
+	t.Run("ways in", c.testWaysIn)
 	t.Run("no answer carries another's session", c.testConnectionsKilled)
 	t.Run("a slot that is half moved", c.testHalfMoved)
 	t.Run("slots that move", c.testResharding)
 	t.Run("nodes that are lost", c.testFailover)
 }
 
+func (c *redisCluster) testWaysIn(t *testing.T) {
+	addr := c.primaries[2].addr()
+	for name, url := range map[string]string{
+		"a replica": c.replicas[1].url(),
+		"the first of several is dead, a user with the least rights": "redis://" + leastLogin +
+			"127.0.0.1:" + freePort() + "," + addr,
+	} {
+		s := start(t, "REDIS_URL="+url)
+		s.secret("s3cr")
+		s.wantSignOut(s.wantTurns(15)) // some on each node
+		if n := len(s.log.lines("Redis is a cluster")); n != 1 {
+			t.Errorf("%s: %d lines in the log say that Redis is a cluster, want 1:\n%s", name, n, s.log)
+		}
+	}
+	s := start(t, "REDIS_URL=redis://"+addr+"/3")
+	s.expectErrors()
+	s.want(503, newUUID())
+	line := s.log.find(t, "store refuses")
+	if cause, _ := line["err"].(string); !strings.Contains(cause, "SELECT is not allowed in cluster mode") {
+		t.Errorf("a database other than 0: line %v, want the cause", line)
+	}
+}
+
+// createIn makes a session whose slot is one of a range.
+func (s checkedStore) createIn(user User, first, last int) string {
+	id := newUUID()
+	for slot := slotOf(sessionKey(id)); slot < first || slot > last; slot = slotOf(sessionKey(id)) {
+		id = newUUID()
+	}
+	if err := s.Create(s.Context(), id, user, time.Hour); err != nil {
+		s.Errorf("Create: %v", err)
+	}
+	return id
+}
+
 func (c *redisCluster) testHalfMoved(t *testing.T) {
-	store := openRedisSessions(t, "redis://"+leastLogin+c.primaries[2].addr())
+	store := checkedStore{t, openRedisSessions(t, "redis://"+leastLogin+c.primaries[2].addr())}
 	user := testUser(1)
 	from, to := c.primaries[0], c.primaries[1]
 	const slot = 100
-	create := func() string {
-		id := newUUID()
-		for slotOf(sessionKey(id)) != slot {
-			id = newUUID()
-		}
-		if err := store.Create(t.Context(), id, user, time.Hour); err != nil {
-			t.Errorf("Create: %v", err)
-		}
-		return id
-	}
 	var ids []string
-	for range 20 {
-		ids = append(ids, create())
+	for range 6 {
+		ids = append(ids, store.createIn(user, slot, slot))
 	}
 	to.do(t, "CLUSTER", "SETSLOT", slot, "IMPORTING", from.nodeID(t))
 	from.do(t, "CLUSTER", "SETSLOT", slot, "MIGRATING", to.nodeID(t))
-	for _, id := range ids[:10] {
-		from.do(t, "MIGRATE", "127.0.0.1", to.port, sessionKey(id), 0, 5000)
+	migrate := func(id string) { from.do(t, "MIGRATE", "127.0.0.1", to.port, sessionKey(id), 0, 5000) }
+	for _, id := range ids[:4] {
+		migrate(id)
 	}
 	before := c.asked(t)
-	for range 5 {
-		ids = append(ids, create())
+	for range 2 {
+		ids = append(ids, store.createIn(user, slot, slot))
 	}
 	for i, id := range ids {
-		if got, err := store.Get(t.Context(), id); got != user || err != nil {
-			t.Errorf("Get: %v, %v, want %v", got, err, user)
-		}
+		store.some(id, user)
 		if i%2 == 0 {
-			if err := store.Delete(t.Context(), id); err != nil {
-				t.Errorf("Delete: %v", err)
-			}
+			store.remove(id)
 		}
 	}
-	if n := c.asked(t) - before; n < 20 {
-		t.Errorf("ASKING was sent %d times, want 20 or more", n)
+	if n := c.asked(t) - before; n < 8 {
+		t.Errorf("ASKING was sent %d times, want 8 or more", n)
 	}
 	for _, id := range ids {
 		if from.has(id) {
-			from.do(t, "MIGRATE", "127.0.0.1", to.port, sessionKey(id), 0, 5000)
+			migrate(id)
 		}
 	}
 	for _, node := range []*redisServer{to, from} {
 		node.do(t, "CLUSTER", "SETSLOT", slot, "NODE", to.nodeID(t))
 	}
 	for i, id := range ids {
-		if _, err := store.Get(t.Context(), id); i%2 == 0 && !errors.Is(err, errNoSession) || i%2 == 1 && err != nil {
-			t.Errorf("Get of session %d: %v; those with an even number have ended", i, err)
+		if i%2 == 0 {
+			store.none(id)
+		} else {
+			store.some(id, user)
 		}
 	}
 }
 
 func (c *redisCluster) testResharding(t *testing.T) {
-	store := openRedisSessions(t, "redis://"+leastLogin+c.primaries[2].addr())
+	store := checkedStore{t, openRedisSessions(t, "redis://"+leastLogin+c.primaries[2].addr())}
 	user := testUser(1)
-	const slots = 300 // move, from the lowest on; sessions are made in the first of them
-	create := func() (id string, err error) {
-		id = newUUID()
-		for slotOf(sessionKey(id)) > 60 {
-			id = newUUID()
-		}
-		return id, store.Create(t.Context(), id, user, time.Hour)
-	}
-	alive := func(id string) {
-		if got, err := store.Get(t.Context(), id); got != user || err != nil {
-			t.Errorf("Get: %v, %v, want %v", got, err, user)
-		}
-	}
 	var live, ended []string
-	for range 1000 {
-		id, err := create()
-		if err != nil {
-			t.Fatal(err)
-		}
-		live = append(live, id)
+	for range 300 {
+		live = append(live, store.createIn(user, 0, 80))
 	}
 	before := c.asked(t)
 	var done atomic.Bool
@@ -4582,46 +4352,36 @@ func (c *redisCluster) testResharding(t *testing.T) {
 	for range 4 {
 		workers.Go(func() {
 			for !done.Load() {
-				alive(live[rand.N(len(live))])
+				store.some(live[rand.N(len(live))], user)
 			}
 		})
 	}
 	workers.Go(func() {
 		for !done.Load() {
-			id, err := create()
-			if err != nil {
-				t.Errorf("Create: %v", err)
-			}
-			alive(id)
-			if err := store.Delete(t.Context(), id); err != nil {
-				t.Errorf("Delete: %v", err)
-			}
+			id := store.createIn(user, 0, 80)
+			store.some(id, user)
+			store.remove(id)
 			ended = append(ended, id)
-			if _, err := store.Get(t.Context(), ended[rand.N(len(ended))]); !errors.Is(err, errNoSession) {
-				t.Errorf("Get of a session that has ended: %v", err)
-			}
+			store.none(ended[rand.N(len(ended))])
 		}
 	})
 	out, err := c.host.command("redis-cli", "--cluster", "reshard", c.primaries[0].addr(), "--cluster-yes",
 		"--cluster-from", c.primaries[0].nodeID(t), "--cluster-to", c.primaries[1].nodeID(t),
-		"--cluster-slots", strconv.Itoa(slots), "--cluster-pipeline", "1").CombinedOutput()
+		"--cluster-slots", "100", "--cluster-pipeline", "1").CombinedOutput() // the lowest ones move
 	done.Store(true)
 	workers.Wait()
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	for _, id := range live {
-		alive(id)
+		store.some(id, user)
 	}
 	for _, id := range ended {
-		if _, err := store.Get(t.Context(), id); !errors.Is(err, errNoSession) {
-			t.Errorf("Get of a session that has ended: %v", err)
-		}
+		store.none(id)
 	}
-	if c.asked(t) == before || len(ended) == 0 {
-		t.Errorf("ASKING was sent %d times, and %d sessions ended meanwhile", c.asked(t)-before, len(ended))
+	if asked := c.asked(t) - before; asked == 0 || len(ended) == 0 {
+		t.Errorf("ASKING was sent %d times, and %d sessions ended meanwhile", asked, len(ended))
 	}
-	t.Logf("ASKING was sent %d times, %d sessions ended meanwhile", c.asked(t)-before, len(ended))
 }
 
 func (c *redisCluster) testFailover(t *testing.T) {
@@ -4640,57 +4400,54 @@ func (c *redisCluster) testFailover(t *testing.T) {
 		signal string
 		whole  string // whether the cluster serves only with all its slots
 	}{
-		{"killed", c.primaries[1], "KILL", "no"},
 		{"hung, and the only one in the URL", c.primaries[0], "STOP", "no"},
 		{"killed, of a cluster that wants all its slots", c.primaries[2], "KILL", "yes"},
 	} {
 		for _, node := range left {
 			node.do(t, "CONFIG", "SET", "cluster-require-full-coverage", tt.whole)
 		}
-		theirs := map[string]bool{}
+		mayFail := map[string]bool{}
 		for _, id := range ids {
-			theirs[id] = tt.victim.has(id)
+			mayFail[id] = tt.whole == "yes" || tt.victim.has(id)
 		}
 		tt.victim.do(t, "WAIT", 1, 5000)
 		tt.victim.signal(tt.signal)
 		left = slices.DeleteFunc(left, func(node *redisServer) bool { return node == tt.victim })
-		began := time.Now()
-		var served time.Time // by Redis
-		for back := false; !back; {
-			wasServed := !served.IsZero()
-			var away atomic.Int64
-			together(len(ids), func(i int) {
-				mayFail := theirs[ids[i]] || tt.whole == "yes"
-				began := time.Now()
-				status := s.status("GET", "/user", "", cookie(ids[i]))
-				if status == 503 {
-					away.Add(1)
-				}
-				took := time.Since(began)
-				if status != 200 && (status != 503 || !mayFail) || took > 3*time.Second {
-					t.Errorf("%s: GET /user: status %d after %v, may be 503: %v", tt.name, status, took, mayFail)
-				}
-			})
+		eventually(t, time.Minute, "a replica takes over", func() bool {
+			s.lookUpMeanwhile(ids, mayFail)
 			if status := s.status("GET", "/healthz", ""); status != 200 && tt.signal == "KILL" {
 				t.Errorf("%s: GET /healthz: status %d, want 200", tt.name, status)
 			}
-			back = wasServed && away.Load() == 0
-			switch {
-			case !wasServed && onSome(left, ids):
-				served = time.Now()
-			case !wasServed && time.Since(began) > time.Minute:
-				t.Fatalf("%s: no replica has taken over", tt.name)
-			case wasServed && !back && time.Since(served) > 3*time.Second:
-				t.Fatalf("%s: not back 3 s after Redis", tt.name)
-			}
-		}
-		t.Logf("%s: Redis serves after %v, and all answers come %v later", tt.name, served.Sub(began), time.Since(served))
+			return onSome(left, ids)
+		})
+		eventually(t, 3*time.Second, "the service is back after Redis", func() bool {
+			return s.lookUpMeanwhile(ids, mayFail)
+		})
 		for range 10 {
 			id := s.signIn(email)
 			s.want(200, id)
 			ids = append(ids, id)
 		}
 	}
+}
+
+// lookUpMeanwhile looks all sessions up at once, and returns whether none is out of reach.
+func (s *service) lookUpMeanwhile(ids []string, mayFail map[string]bool) bool {
+	s.Helper()
+	var away atomic.Int64
+	together(len(ids), func(i int) {
+		began := time.Now()
+		status := s.status("GET", "/user", "", cookie(ids[i]))
+		if status == 503 && mayFail[ids[i]] {
+			away.Add(1)
+		} else if status != 200 {
+			s.Errorf("GET /user: status %d, may be 503: %v", status, mayFail[ids[i]])
+		}
+		if took := time.Since(began); took > 3*time.Second {
+			s.Errorf("GET /user: status %d after %v, want it within 3 s", status, took)
+		}
+	})
+	return away.Load() == 0
 }
 
 // onSome tells whether each session is held by one of the servers, which answers for it.
@@ -4705,7 +4462,7 @@ func (c *redisCluster) testConnectionsKilled(t *testing.T) {
 	s.expectErrors()
 	m := newMixture(s, c.primaries[0].url())
 	kills := 0
-	m.lookUpAndSignIn(int64(rounds(6_000, 100_000)), func() {
+	m.lookUpAndSignIn(int64(rounds(3_000, 100_000)), func() {
 		c.primaries[kills%3].do(t, "CLIENT", "KILL", "TYPE", "normal")
 		kills++
 	})
@@ -4754,7 +4511,8 @@ func TestWhatRedisIsSent(t *testing.T) {
 	const echo = `"ECHO" nonce`
 	create := []string{
 		`"MULTI"`,
-		`"HSET" "session:NEW" "id" "USER" "name" "Ada Lovelace" "email" "EMAIL" "createdAt" "TIME" "updatedAt" "TIME"`,
+		`"HSET" "session:NEW" "id" "USER" "name" "Ada Lovelace" "email" "EMAIL" ` +
+			`"createdAt" "TIME" "updatedAt" "TIME"`,
 		`"EXPIRE" "session:NEW" "604800"`,
 		`"EXEC"`,
 		echo,
@@ -4826,14 +4584,10 @@ func TestHashesOfTheOriginal(t *testing.T) {
 		{[]any{"createdAt", utc, "updateAt", berlin}, []string{testTime, testTime}},
 		{[]any{"createdAt", tokyo, "updateAt", later}, []string{testTime, later}},
 		{[]any{"createdAt", brasilia, "updateAt", kolkata}, []string{testTime, testTime}},
-		{[]any{"createdAt", testTime, "updatedAt", later}, []string{testTime, later}},
-		{[]any{"createdAt", "2025-03-30T22:00:00+02:00", "updatedAt", "2025-03-31T20:00:00.1234Z"}, []string{testTime, later}},
-		{[]any{"createdAt", utc, "updateAt", utc, "updatedAt", later}, []string{testTime, later}},
 		{[]any{"createdAt", utc, "updateAt", later, "updatedAt", "soon"}, []string{testTime, later}},
 		{[]any{"createdAt", tokyo}, []string{testTime, testTime}},
-		{[]any{"createdAt", "Invalid Date", "updateAt", tokyo}, []string{testTime, testTime}},
 		{[]any{"createdAt", "1743364800000", "updatedAt", later}, []string{later, later}},
-		{[]any{"createdAt", "null", "updateAt", "", "updatedAt", "+99999-01-01T00:00:00Z"}, []string{epoch, epoch}},
+		{[]any{"createdAt", "null", "updateAt", "", "updatedAt", "soon"}, []string{epoch, epoch}},
 		{nil, []string{epoch, epoch}},
 		{[]any{"password", "", "role", "admin", "createdAt", utc}, []string{testTime, testTime}},
 		{[]any{"id", nil, "createdAt", utc}, none},
@@ -4865,7 +4619,6 @@ func TestHashesOfTheOriginal(t *testing.T) {
 func TestRedisLogin(t *testing.T) {
 	t.Parallel()
 	host := ownRedisHost(t)
-	plain := host.start(t, append(leastRights(), "--user", "default", "off")...)
 	roled := host.start(t, append(leastRights("+role"), "--user", "default", "off")...)
 	monitor := "sentinel monitor accounts 127.0.0.1 " + roled.port + " 1"
 	open := host.startSentinel(t, monitor)
@@ -4873,29 +4626,22 @@ func TestRedisLogin(t *testing.T) {
 	all := host.start(t, "--user", "default", "on", ">s3cr:t/@", "~*", "+@all",
 		"--user", "app", "on", "nopass", "~*", "+@all")
 	for name, url := range map[string]string{
-		"a user with the least rights":     "redis://" + leastLogin + plain.addr(),
-		"the same behind a sentinel":       "redis-sentinel://" + leastLogin + open.addr() + "/accounts",
+		"the least rights, by a sentinel":  "redis-sentinel://" + leastLogin + open.addr() + "/accounts",
 		"a sentinel that asks for it":      "redis-sentinel://" + leastLogin + asked.addr() + "/accounts",
 		"a user without a password":        "redis://app:@" + all.addr(),
 		"a password alone, and a database": "redis://:s3cr%3At%2F%40@" + all.addr() + "/3",
-		"the same, and another database":   "redis://:s3cr%3At%2F%40@" + all.addr() + "/5",
 	} {
 		s := start(t, "REDIS_URL="+url)
 		s.secret("s3cr")
-		user, id := s.register(newEmail())
-		next := s.signIn(user.Email, cookie(id))
-		s.want(401, id)
-		s.want(200, next)
-		if strings.HasPrefix(url, "redis://:") && redisDo(t, url, "EXISTS", "session:"+next) != any(int64(1)) {
+		id := s.wantTurns(1)
+		inDatabase := strings.HasPrefix(url, "redis://:")
+		if inDatabase && redisDo(t, url, "EXISTS", "session:"+id) != any(int64(1)) {
 			t.Errorf("%s: the session is not in that database", name)
 		}
 		if status := s.status("GET", "/healthz", ""); status != 200 {
 			t.Errorf("%s: GET /healthz: status %d, want 200", name, status)
 		}
-		if status := s.status("DELETE", "/user/session", "", cookie(next)); status != 204 {
-			t.Errorf("%s: DELETE /user/session: status %d, want 204", name, status)
-		}
-		s.want(401, next)
+		s.wantSignOut(id)
 	}
 }
 
@@ -4915,9 +4661,19 @@ var (
 
 var errCut = errors.New("cut")
 
+// redisFault strikes a Redis that sessions are in.
+type redisFault struct {
+	name    string
+	want    statuses
+	cause   string // in the log, where Redis refuses
+	options []string
+	fail    func(testing.TB, *redisServer)
+	heal    func(testing.TB, *redisServer)
+	lost    bool // sessions do not outlive it
+}
+
 func TestRedisFaults(t *testing.T) {
 	t.Parallel()
-	always := func(reply string) fault { return func([]byte) ([]byte, error) { return []byte(reply), nil } }
 	do := func(command string, args ...any) func(testing.TB, *redisServer) {
 		return func(t testing.TB, r *redisServer) { r.do(t, command, args...) }
 	}
@@ -4940,28 +4696,13 @@ func TestRedisFaults(t *testing.T) {
 		})
 	}
 	load := func(t testing.TB, r *redisServer) {
-		r.do(t, "EVAL", `for i = 1, 20000 do redis.call('SET', 'filler:' .. i, string.rep('x', 200), 'EX', 600) end`, 0)
+		r.do(t, "EVAL", `for i = 1, 20000 do redis.call('SET', 'filler:' .. i, string.rep('x', 200)) end`, 0)
 		r.do(t, "SAVE")
 		r.kill()
 		r.args = append(r.args, "--key-load-delay", "5000", "--loading-process-events-interval-bytes", "1024")
 		r.launch(t)
 	}
-	type redisFault struct {
-		name    string
-		want    statuses
-		cause   string // in the log, where Redis refuses
-		reply   fault  // what a proxy makes of each reply
-		options []string
-		fail    func(testing.TB, *redisServer)
-		heal    func(testing.TB, *redisServer)
-		lost    bool // sessions do not outlive it
-	}
 	faults := []redisFault{
-		{name: "black hole", want: allAway, reply: always("")},
-		{name: "cut", want: allAway, reply: func([]byte) ([]byte, error) { return nil, errCut }},
-		{name: "half a reply, cut", want: allAway,
-			reply: func(reply []byte) ([]byte, error) { return reply[:len(reply)/2], errCut }},
-		{name: "garbage", want: allAway, reply: always("HTTP/1.1 400 Bad Request\r\n\r\n")},
 		{name: "killed", want: allAway, fail: kill, heal: launch, lost: true},
 		{name: "killed, and back with its data", want: allAway, fail: kill, heal: launch,
 			options: []string{"--appendonly", "yes", "--appendfsync", "always"}},
@@ -4972,121 +4713,130 @@ func TestRedisFaults(t *testing.T) {
 		{name: "no snapshot can be saved", want: noWrites, cause: "MISCONF",
 			fail: cannotSave, heal: do("CONFIG", "SET", "save", "")},
 		{name: "a replica", want: noWrites, cause: "READONLY", fail: replicate, heal: promote},
-		{name: "a replica without its primary", want: onlyEcho, cause: "MASTERDOWN",
-			options: []string{"--replica-serve-stale-data", "no"}, fail: replicate, heal: promote},
 		{name: "loading", want: onlyEcho, cause: "LOADING",
 			fail: load, heal: do("CONFIG", "SET", "key-load-delay", 0)},
-		{name: "an EXPIRE that did nothing", want: noNewSessions, cause: "EXPIRE",
-			reply: func(reply []byte) ([]byte, error) {
-				return bytes.Replace(reply, []byte("\r\n:1\r\n"), []byte("\r\n:0\r\n"), 1), nil
-			}},
 	}
-	for commands, want := range map[string]statuses{
-		"hset": noNewSessions, "expire": noNewSessions, "multi expire": noNewSessions, "exec": noNewSessions,
-		"del": noWrites, "echo": allAway, "hgetall": noLookups,
-	} {
-		forbid, allow := []any{"SETUSER", "default"}, []any{"SETUSER", "default"}
-		for command := range strings.FieldsSeq(commands) {
-			forbid = append(forbid, "-"+command)
-			allow = append(allow, "+"+command)
-		}
-		faults = append(faults, redisFault{name: "no right to " + commands, want: want, cause: "NOPERM",
-			fail: do("ACL", forbid...), heal: do("ACL", allow...)})
+	for command, want := range map[string]statuses{"expire": noNewSessions, "del": noWrites, "echo": allAway,
+		"hgetall": noLookups} {
+		faults = append(faults, redisFault{name: "no right to " + command, want: want, cause: "NOPERM",
+			fail: do("ACL", "SETUSER", "default", "-"+command),
+			heal: do("ACL", "SETUSER", "default", "+"+command)})
 	}
-	var waves sync.Mutex // one at a time, or they would measure each other
 	for _, tt := range faults {
-		t.Run(tt.name, func(t *testing.T) {
-			if tt.want == allAway { // these wait rather than work
-				t.Parallel()
-			}
-			r := ownRedis(t, tt.options...)
-			url, fail, heal := r.url(), tt.fail, tt.heal
-			if tt.reply != nil {
-				p := startProxy(t, r.addr(), 0)
-				url = p.url()
-				fail = func(testing.TB, *redisServer) { p.set(tt.reply) }
-				heal = func(testing.TB, *redisServer) { p.set(nil) }
-			}
-			s := start(t, "REDIS_URL="+url)
-			s.expectErrors()
-			email := newEmail()
-			s.addAccount(email, bcrypt.MinCost)
-			// Each of these is for one kind of request: what is not answered may yet have been done.
-			kept, replaced, ended := s.signIn(email), s.signIn(email), s.signIn(email)
-			registered := tt.want.signIn
-			if registered == 200 || tt.name == "no right to del" { // the old session lives on
-				registered = 201
-			}
-			fail(t, r)
-			for _, a := range []struct {
-				method, path, body, id string
-				want                   int
-			}{
-				{"GET", "/user", "", kept, tt.want.lookup},
-				{"GET", "/user", "", "", 401},
-				{"DELETE", "/user/session", "", ended, tt.want.signOut},
-				{"GET", "/healthz", "", "", tt.want.health},
-				{"POST", "/user/signin", credentials(email, password), replaced, tt.want.signIn},
-				{"POST", "/user", credentials(newEmail(), password), newUUID(), registered},
-			} {
-				began := time.Now()
-				got := s.ask(a.method, a.path, a.body, cookie(a.id)) // no 503 sets a cookie: see checkReply
-				if took := time.Since(began); got.status != a.want || took > 3*time.Second {
-					t.Errorf("%s %s: status %d after %v, want %d within 3 s: %s",
-						a.method, a.path, got.status, took, a.want, got.body)
-				}
-			}
-			if n := query[int](s, `SELECT count(*) FROM users`); registered == 503 && n != 1 {
-				t.Errorf("a registration that was refused left %d accounts behind", n-1)
-			}
-			waves.Lock()
-			var late atomic.Int64
-			together(500, func(int) {
-				began := time.Now()
-				s.want(tt.want.lookup, kept)
-				if time.Since(began) > 3*time.Second {
-					late.Add(1)
-				}
-			})
-			var mem runtime.MemStats
-			runtime.ReadMemStats(&mem)
-			goroutines := runtime.NumGoroutine()
-			waves.Unlock()
-			if late.Load() > 0 || mem.HeapAlloc > 512<<20 || goroutines > 20_000 {
-				t.Errorf("of 500 at once %d were answered after 3 s; heap %d MB, %d goroutines",
-					late.Load(), mem.HeapAlloc>>20, goroutines)
-			}
-			heal(t, r)
-			live := 200
-			if tt.lost {
-				live = 401
-			}
-			s.wantBack(live, "/user", cookie(kept))
-			if tt.want.signIn == 503 { // the old session lives on
-				s.want(live, replaced)
-			} else {
-				s.want(401, replaced)
-			}
-			if tt.want.signOut == 204 {
-				s.want(401, ended)
-			} else if tt.want.health == 200 && tt.reply == nil {
-				s.want(200, ended)
-			}
-			s.want(200, s.signIn(email))
-			s.register(newEmail())
-			message := "store out of reach"
-			if tt.cause != "" {
-				message = "store refuses"
-			}
-			s.log.find(t, message)
-			if !slices.ContainsFunc(s.log.lines(message), func(line map[string]any) bool {
-				return strings.Contains(line["err"].(string), tt.cause)
-			}) {
-				t.Errorf("no line %q names the cause %q:\n%s", message, tt.cause, s.log)
-			}
-			wantEnds(t, r.url())
-		})
+		t.Run(tt.name, tt.test)
 	}
+}
+
+func (f redisFault) test(t *testing.T) {
+	t.Parallel()
+	r := ownRedis(t, f.options...)
+	s := start(t, "REDIS_URL="+r.url())
+	s.expectErrors()
+	email := newEmail()
+	s.addAccount(email, bcrypt.MinCost)
+	// Each of these is for one kind of request: what is not answered may yet have been done.
+	kept, replaced, ended := s.signIn(email), s.signIn(email), s.signIn(email)
+	registered := f.want.signIn
+	if registered == 200 || f.name == "no right to del" { // the old session lives on
+		registered = 201
+	}
+	f.fail(t, r)
+	for _, a := range []struct {
+		method, path, body, id string
+		want                   int
+	}{
+		{"GET", "/user", "", kept, f.want.lookup},
+		{"GET", "/user", "", "", 401},
+		{"DELETE", "/user/session", "", ended, f.want.signOut},
+		{"GET", "/healthz", "", "", f.want.health},
+		{"POST", "/user/signin", credentials(email, password), replaced, f.want.signIn},
+		{"POST", "/user", credentials(newEmail(), password), newUUID(), registered},
+	} {
+		began := time.Now()
+		got := s.ask(a.method, a.path, a.body, cookie(a.id)) // no 503 sets a cookie: see checkReply
+		if took := time.Since(began); got.status != a.want || took > 3*time.Second {
+			t.Errorf("%s %s: status %d after %v, want %d within 3 s: %s",
+				a.method, a.path, got.status, took, a.want, got.body)
+		}
+	}
+	if n := query[int](s, `SELECT count(*) FROM users`); registered == 503 && n != 1 {
+		t.Errorf("a registration that was refused left %d accounts behind", n-1)
+	}
+	if f.want.lookup == 503 {
+		s.wantOutageInTime(kept)
+	}
+	f.heal(t, r)
+	live := 200
+	if f.lost {
+		live = 401
+	}
+	s.wantBack(live, "/user", cookie(kept))
+	if f.want.signIn == 503 { // the old session lives on
+		s.want(live, replaced)
+	} else {
+		s.want(401, replaced)
+	}
+	if f.want.signOut == 204 {
+		s.want(401, ended)
+	} else if f.want.health == 200 {
+		s.want(200, ended)
+	}
+	s.want(200, s.signIn(email))
+	s.register(newEmail())
+	f.wantCause(s)
+	wantEnds(t, r.url())
+}
+
+func (f redisFault) wantCause(s *service) {
+	s.Helper()
+	message := "store out of reach"
+	if f.cause != "" {
+		message = "store refuses"
+	}
+	s.log.find(s, message)
+	if !slices.ContainsFunc(s.log.lines(message), func(line map[string]any) bool {
+		return strings.Contains(line["err"].(string), f.cause)
+	}) {
+		s.Errorf("no line %q names the cause %q:\n%s", message, f.cause, s.log)
+	}
+}
+
+// wantOutageInTime has many look a session up at once, none of whom may wait for long.
+func (s *service) wantOutageInTime(id string) {
+	s.Helper()
+	var late atomic.Int64
+	together(300, func(int) {
+		began := time.Now()
+		s.want(503, id)
+		if time.Since(began) > 3*time.Second {
+			late.Add(1)
+		}
+	})
+	if late.Load() > 0 {
+		s.Errorf("of 300 lookups at once %d were answered after 3 s", late.Load())
+	}
+}
+
+// wantTurns registers, and signs in n times, each of which ends the session before it.
+func (s *service) wantTurns(n int) (id string) {
+	s.Helper()
+	user, id := s.register(newEmail())
+	for range n {
+		next := s.signIn(user.Email, cookie(id))
+		s.want(401, id)
+		s.want(200, next)
+		id = next
+	}
+	return id
+}
+
+// wantSignOut ends a session.
+func (s *service) wantSignOut(id string) {
+	s.Helper()
+	if status := s.status("DELETE", "/user/session", "", cookie(id)); status != 204 {
+		s.Errorf("DELETE /user/session: status %d, want 204", status)
+	}
+	s.want(401, id)
 }
 
 // wantBack waits for a status, which has to come within 2 s.
@@ -5155,13 +4905,9 @@ func TestStartWithoutAWillingRedis(t *testing.T) {
 		signIn  int
 		lookup  int
 	}{
-		{"a replica", []string{"--replicaof", "127.0.0.1 " + freePort()}, "", "READONLY", 503, 401},
 		{"full", []string{"--maxmemory", "1"}, "", "OOM", 503, 401},
 		{"no right to HSET", without("-hset"), "", "NOPERM", 503, 401},
-		{"no right to DEL", without("-del"), "", "NOPERM", 503, 401},
-		{"no MULTI", []string{"--rename-command", "MULTI", ""}, "", "unknown command", 503, 401},
 		{"no HGETALL", []string{"--rename-command", "HGETALL", ""}, "", "unknown command", 200, 503},
-		{"a password is missing", []string{"--requirepass", "right"}, "", "NOAUTH", 503, 503},
 		{"a wrong password", []string{"--requirepass", "right"}, ":wr0ng@", "WRONGPASS", 503, 503},
 		{"away", nil, "", "", 503, 503}, // a container's port may yet take connections
 	} {
@@ -5177,14 +4923,14 @@ func TestStartWithoutAWillingRedis(t *testing.T) {
 			s.expectErrors()
 			s.secret("wr0ng", sessionKey("")) // Redis quotes what it does not know
 			line := s.log.find(t, message)
-			if cause, _ := line["err"].(string); !strings.Contains(cause, tt.cause) || line["level"] != "ERROR" {
+			cause, _ := line["err"].(string)
+			if !strings.Contains(cause, tt.cause) || line["level"] != "ERROR" {
 				t.Errorf("line %v, want the cause %q", line, tt.cause)
 			}
 			email := newEmail()
 			s.addAccount(email, bcrypt.MinCost)
-			header := cookie(newUUID())
-			status := s.status("POST", "/user/signin", credentials(email, password), header)
-			if status != tt.signIn {
+			body := credentials(email, password)
+			if status := s.status("POST", "/user/signin", body, cookie(newUUID())); status != tt.signIn {
 				t.Errorf("POST /user/signin: status %d, want %d", status, tt.signIn)
 			}
 			s.want(tt.lookup, newUUID())
@@ -5222,10 +4968,7 @@ func TestConnectionsThatDiedIdleCostNothing(t *testing.T) {
 			t.Errorf("POST /user/signin: status %d, want 200", status)
 		}
 		p.cut()
-		if status := s.status("DELETE", "/user/session", "", cookie(id)); status != 204 {
-			t.Errorf("DELETE /user/session: status %d, want 204", status)
-		}
-		s.want(401, id)
+		s.wantSignOut(id)
 		id = s.signIn(user.Email)
 	}
 	s.register(newEmail())
@@ -5235,8 +4978,8 @@ func TestConnectionsThatDiedIdleCostNothing(t *testing.T) {
 // Faults: replies out of step.
 
 // stepFaults are faults that leave replies in another place than they belong. One piece in every is struck: a
-// reply, or all replies to a flush. earlier is the last piece of the same length, as another would be betrayed by
-// its number of replies; it may be nil.
+// reply, or all replies to a flush. earlier is the last piece of the same length: the number of replies would
+// betray another.
 var stepFaults = []struct {
 	name    string
 	every   int
@@ -5245,9 +4988,10 @@ var stepFaults = []struct {
 }{
 	{"cut", 200, false, func(piece, _ []byte) ([]byte, error) { return piece[:rand.N(len(piece))], errCut }},
 	{"dropped", 1000, false, func(_, _ []byte) ([]byte, error) { return nil, nil }},
-	{"repeated", 50, false, func(piece, _ []byte) ([]byte, error) { return slices.Concat(piece, piece), nil }},
-	{"inserted", 50, false, func(piece, earlier []byte) ([]byte, error) { return slices.Concat(earlier, piece), nil }},
-	{"a flush replaced by an earlier one", 10, true, func(_, earlier []byte) ([]byte, error) { return earlier, nil }},
+	{"inserted", 50, false, func(piece, earlier []byte) ([]byte, error) {
+		return slices.Concat(earlier, piece), nil
+	}},
+	{"an earlier flush again", 10, true, func(_, earlier []byte) ([]byte, error) { return earlier, nil }},
 	{"proof before the replies", 20, true, func(piece, _ []byte) ([]byte, error) {
 		proof := bytes.LastIndexByte(piece, '$')
 		return slices.Concat(piece[proof:], piece[:proof]), nil
@@ -5283,7 +5027,7 @@ func TestNoAnswerCarriesAnothersSession(t *testing.T) { // not in parallel: it k
 				struck.Add(1)
 				return tt.strike(whole, before)
 			})
-			total := int64(rounds(6_000, 100_000))
+			total := int64(rounds(3_000, 100_000))
 			m.lookUpAndSignIn(total, func() {})
 			m.lookUp(total / 20) // one a flush
 			if struck.Load() == 0 {
@@ -5405,7 +5149,7 @@ func (m *mixture) signInAndOut(disturb func()) {
 			continue
 		}
 		if status != 204 || m.exists(id) {
-			m.Errorf("DELETE /user/session: status %d, want 204; the session exists: %v", status, m.exists(id))
+			m.Errorf("DELETE /user/session: status %d; the session exists: %v", status, m.exists(id))
 		}
 		if status := m.status("GET", "/user", "", cookie(id)); status != 401 && status != 503 {
 			m.Errorf("GET /user after its end: status %d, want 401", status)
@@ -5415,18 +5159,6 @@ func (m *mixture) signInAndOut(disturb func()) {
 
 // ---------------------------------------------------------------------------------------------------
 // Faults: failing over.
-
-func TestTwoInstancesOnOneRedis(t *testing.T) {
-	t.Parallel()
-	url := redisURL(t)
-	a, b := start(t, "REDIS_URL="+url), start(t, "REDIS_URL="+url)
-	user, id := a.register(newEmail())
-	if got := b.want(200, id); got.body != userJSON(user) {
-		t.Errorf("the other one answers %s", got.body)
-	}
-	b.ask("DELETE", "/user/session", "", cookie(id))
-	a.want(401, id)
-}
 
 func TestSentinelsNameThePrimary(t *testing.T) {
 	t.Parallel()
@@ -5473,6 +5205,10 @@ func TestSentinelsNameThePrimary(t *testing.T) {
 
 func TestASentinelThatKnowsLessIsPassedOver(t *testing.T) {
 	t.Parallel()
+	primary := func(addr string) string { // as a sentinel tells it
+		_, port, _ := net.SplitHostPort(addr)
+		return "*2\r\n" + bulkString("127.0.0.1") + bulkString(port)
+	}
 	says := func(role string) string {
 		f := startFakeRedis(t, func(command []string) string {
 			if command[0] == "ROLE" {
@@ -5480,25 +5216,24 @@ func TestASentinelThatKnowsLessIsPassedOver(t *testing.T) {
 			}
 			return plainReply(command)
 		})
-		return primaryAt(f.addr)
+		return primary(f.addr)
 	}
-	right := fakeSentinel(t, says(plainReply([]string{"ROLE"}))).addr
+	sentinel := func(reply string) string {
+		return startFakeRedis(t, func([]string) string { return reply }).addr
+	}
+	right := sentinel(says(plainReply([]string{"ROLE"})))
 	for name, reply := range map[string]string{
-		"has not heard of the failover":          says("*1\r\n$5\r\nslave\r\n"),
-		"names one that says nothing":            says(""),
-		"names one that does not tell its role":  says("-NOPERM\r\n"),
-		"names one with a role of another shape": says("*0\r\n"),
-		"names one that is away":                 primaryAt("127.0.0.1:" + freePort()),
-		"knows none of the name":                 "*-1\r\n",
-		"refuses":                                "-NOAUTH\r\n",
-		"answers in another shape":               "*1\r\n$1\r\nx\r\n",
-		"answers something huge":                 "$1000000000\r\n",
-		"hangs up":                               cutOff,
-		"says nothing":                           "",
+		"has not heard of the failover":         says("*1\r\n$5\r\nslave\r\n"),
+		"names one that does not tell its role": says("-NOPERM\r\n"),
+		"names one that is away":                primary("127.0.0.1:" + freePort()),
+		"knows none of the name":                "*-1\r\n",
+		"refuses":                               "-NOAUTH\r\n",
+		"answers in another shape":              "*1\r\n$1\r\nx\r\n",
+		"says nothing":                          "",
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			behind := "redis-sentinel://" + fakeSentinel(t, reply).addr
+			behind := "redis-sentinel://" + sentinel(reply)
 			for url, want := range map[string]error{
 				behind + "/accounts":               errUnavailable,
 				behind + "," + right + "/accounts": nil,
@@ -5527,7 +5262,8 @@ func privateCertificate(t *testing.T) (certificate, key []byte) {
 		IsCA:                  true,
 		BasicConstraintsValid: true,
 	}
-	certificate, err = x509.CreateCertificate(cryptorand.Reader, template, template, private.Public(), private)
+	public := private.Public()
+	certificate, err = x509.CreateCertificate(cryptorand.Reader, template, template, public, private)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -5566,7 +5302,8 @@ func TestRedisOverTLSWithAPrivateCA(t *testing.T) {
 	for i := range 2 {
 		bus := host.port()
 		admin, addr := serve("--tls-auth-clients", "no", "--tls-cluster", "yes", "--cluster-enabled", "yes",
-			"--cluster-port", bus, "--cluster-config-file", bus+".nodes", "--cluster-announce-hostname", "localhost")
+			"--cluster-port", bus, "--cluster-config-file", bus+".nodes",
+			"--cluster-announce-hostname", "localhost")
 		redisDo(t, admin, "CLUSTER", "ADDSLOTSRANGE", 8192*i, 8192*i+8191)
 		admins, addrs = append(admins, admin), append(addrs, addr)
 		if i == 1 {
@@ -5581,13 +5318,7 @@ func TestRedisOverTLSWithAPrivateCA(t *testing.T) {
 		})
 	}
 	s := launch(addrs[0], trust)
-	user, id := s.register(newEmail())
-	for range 20 { // on both
-		next := s.signIn(user.Email, cookie(id))
-		s.want(401, id)
-		s.want(200, next)
-		id = next
-	}
+	s.wantTurns(20) // on both
 	s.log.find(t, "Redis is a cluster")
 
 	_, strict := serve("--tls-auth-clients", "yes")
@@ -5671,8 +5402,8 @@ func TestEveryAccountOfTheOriginalSignsInAsItDid(t *testing.T) {
 	file.exec(`INSERT INTO users VALUES ('empty', '', 'empty@example.com', ?, 0, 0)`,
 		hashOf(t, "", bcrypt.MinCost))
 	const rows = `SELECT group_concat(concat_ws(' ', rowid, quote(id), quote(name), quote(email),
-		quote(createdAt), quote(updateAt), iif(id IN ('strong', 'stronger', 'empty'), password, '')), char(10))
-		FROM users`
+		quote(createdAt), quote(updateAt), iif(id IN ('strong', 'stronger', 'empty'), password, '')),
+		char(10)) FROM users`
 	before := query[string](file, rows)
 	s := startWith(t, func(cfg *config) { cfg.server.bcryptCost = 5 }, "DB_PATH="+file.dbPath)
 	for range 2 { // the second time with the hash as it was upgraded
@@ -5686,7 +5417,8 @@ func TestEveryAccountOfTheOriginalSignsInAsItDid(t *testing.T) {
 			}
 		}
 		eventually(t, 30*time.Second, "all weak hashes are upgraded", func() bool {
-			return query[int](s, `SELECT count(*) FROM users WHERE password LIKE '$2_$04$%'`) == 1 // of "empty"
+			const weak = `SELECT count(*) FROM users WHERE password LIKE '$2_$04$%'`
+			return query[int](s, weak) == 1 // of "empty"
 		})
 	}
 	nuls := strings.Repeat("\x00", 100)
@@ -5720,30 +5452,18 @@ func TestDatesAreReadAsTheOriginalReadsThem(t *testing.T) {
 	}{
 		{millis, millisTime, false},
 		{0, noDate, false},
-		{-1, "1969-12-31T23:59:59.999Z", false},
 		{1743364800123.9, millisTime, false},
-		{-1.5, "1969-12-31T23:59:59.999Z", false},
 		{"1743364800123", millisTime, false},
-		{"-1", "1969-12-31T23:59:59.999Z", false},
-		{"2025-03-30T20:00:00", testTime, false},
-		{"2025-03-30T20:00:00.123", millisTime, false},
 		{"2025-03-30", day, false},
 		{"2025-03-30 20:00:00", testTime, false},
-		{"2025-03-30 20:00:00.123", millisTime, false},
 		{"2025-03-30 20:00:00+00:00", testTime, false},
-		{"2025-03-30 22:00:00.123+02:00", millisTime, false},
 		{"2025-03-30T20:00:00Z", testTime, inHash},
-		{"2025-03-30T20:00:00.123Z", millisTime, inHash},
-		{"2025-03-30T20:00:00.123+00:00", millisTime, inHash},
 		{"2025-03-30T22:00:00.1234+02:00", millisTime, inHash},
 		{nil, noDate, false}, // what cannot be read keeps nobody out
 		{"", noDate, inHash},
 		{"yesterday", noDate, inHash},
-		{"31/03/2025", noDate, inHash},
 		{"2025-02-30", noDate, inHash},
-		{"NaN", noDate, inHash},
 		{[]byte{0xff, 0}, noDate, false},
-		{1e300, noDate, false},
 		{int64(1 << 62), noDate, false},
 	} {
 		file.exec(`DELETE FROM users; INSERT INTO users VALUES ('1', 'Ada', 'a@b', '', ?1, ?1),
@@ -5937,7 +5657,7 @@ func TestBothProgramsShareOneFile(t *testing.T) {
 	file.holds(&accounts)
 }
 
-// holds checks that the file is whole and that the original, which compares bytes, finds each of the accounts.
+// holds checks that the file is whole and that the original, which compares bytes, finds each account.
 func (s *service) holds(accounts *sync.Map) {
 	s.Helper()
 	if verdict := query[string](s, `PRAGMA integrity_check`); verdict != "ok" {
@@ -5959,15 +5679,11 @@ func TestFilesOfOtherProgramsAreLeftAsTheyWere(t *testing.T) {
 		message []string // beside foreign; none: the file is taken
 	}{
 		"other columns":      {`CREATE TABLE users (uid INTEGER, mail TEXT)`, []string{"users", "email"}},
-		"a column missing":   {with(`"updateAt" DATETIME NOT NULL`, `"at"`), []string{"users", "updateAt"}},
 		"a column to feed":   {with(`"name"`, `"role" TEXT NOT NULL, "name"`), []string{"users.role"}},
 		"a column to let be": {with(`"name"`, `"age" INT, "role" TEXT NOT NULL DEFAULT '', "name"`), nil},
 		"others' sessions":   {`CREATE TABLE sessions (sid TEXT)`, []string{"sessions", "expires_at"}},
-		"sessions to feed": {`CREATE TABLE sessions (id_hash PRIMARY KEY, user_id, name, email, created_at,
-			updated_at, expires_at, device TEXT NOT NULL)`, []string{"sessions.device"}},
 		"an email twice": {with(`CREATE UNIQUE`, `INSERT INTO users VALUES (1, 2, 3, 4, 5, 6),
 			(7, 2, 3, 4, 5, 6); --`), []string{"users.email"}},
-		"numbered": {with(`"id" TEXT NOT NULL`, `"id" INTEGER`), []string{"users", "mismatch"}},
 		"a view": {`CREATE VIEW users AS SELECT 1 id, 2 name, 3 email, 4 password, 5 createdAt, 6 updateAt`,
 			[]string{"users", "view"}},
 		"the last version's": {`PRAGMA journal_mode = WAL; CREATE TABLE users (id TEXT NOT NULL PRIMARY KEY,
@@ -6072,33 +5788,6 @@ func TestTheWaitForALockedFileEndsWithTheStart(t *testing.T) {
 	}
 }
 
-func TestNoStatementReadsAWholeTable(t *testing.T) {
-	t.Parallel()
-	db := openTestDatabase(t)
-	whole := regexp.MustCompile(`SCAN (users|sessions)`)
-	fields := reflect.ValueOf(db).Elem()
-	for i := range fields.NumField() {
-		name := fields.Type().Field(i).Name
-		if fields.Field(i).Type() != reflect.TypeFor[*sql.Stmt]() || strings.HasPrefix(name, "any") {
-			continue // one with any ends at the first row
-		}
-		text := fields.Field(i).Elem().FieldByName("query").String() // which database/sql keeps to itself
-		rows, err := db.reader.Query("EXPLAIN QUERY PLAN "+text, make([]any, 7)...)
-		if err != nil {
-			t.Fatalf("%s: %v", name, err)
-		}
-		for rows.Next() {
-			var step string
-			if err := rows.Scan(new(int), new(int), new(int), &step); err != nil || whole.MatchString(step) {
-				t.Errorf("%s: %s, %v", name, step, err)
-			}
-		}
-		if err := rows.Err(); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
 func TestEveryConnectionHasThePragmas(t *testing.T) {
 	t.Parallel()
 	db := openTestDatabase(t)
@@ -6113,8 +5802,8 @@ func TestEveryConnectionHasThePragmas(t *testing.T) {
 			}
 			defer c.Close()
 			var got string
-			err = c.QueryRowContext(t.Context(), `SELECT concat_ws(' ', journal_mode, synchronous, foreign_keys,
-				temp_store) FROM pragma_journal_mode, pragma_synchronous, pragma_foreign_keys,
+			err = c.QueryRowContext(t.Context(), `SELECT concat_ws(' ', journal_mode, synchronous,
+				foreign_keys, temp_store) FROM pragma_journal_mode, pragma_synchronous, pragma_foreign_keys,
 				pragma_temp_store`).Scan(&got)
 			if want := "wal 2 1 2"; err != nil || got != want {
 				t.Errorf("%s: pragmas %s, %v, want %s", name, got, err, want)
@@ -6126,7 +5815,7 @@ func TestEveryConnectionHasThePragmas(t *testing.T) {
 	}
 }
 
-func TestOneWriterAtATime(t *testing.T) {
+func TestAWriteKeepsOtherProgramsOutFromItsBeginning(t *testing.T) {
 	t.Parallel()
 	file := originalFile(t, originalDDL)
 	db, err := openDatabase(t.Context(), file.dbPath)
@@ -6136,22 +5825,13 @@ func TestOneWriterAtATime(t *testing.T) {
 	defer db.Close()
 	other := openSQL(t, file.dbPath)
 	defer other.Close()
-	write := func() error { _, err := other.Exec(`PRAGMA busy_timeout = 0; DELETE FROM users`); return err }
-	err = db.write(t.Context(), "testing", func(context.Context, *sql.Tx) error {
-		if err := storeError("another", write()); !errors.Is(err, errRefused) {
-			t.Errorf("another program writes before this write has made a change: %v, want errRefused", err)
-		}
-		return nil
+	err = db.write(t.Context(), "testing", func(context.Context, *sql.Tx) error { // it has changed nothing yet
+		_, err := other.Exec(`PRAGMA busy_timeout = 0; DELETE FROM users`)
+		return err
 	})
-	if err := errors.Join(err, write()); err != nil {
-		t.Error(err)
+	if !errors.Is(err, errRefused) {
+		t.Errorf("another program's write: %v, want errRefused", err)
 	}
-	defer lockFile(t, file.dbPath)()
-	together(4, func(int) { // the last ones wait for the first
-		if err := db.ReplacePasswordHash(t.Context(), "", "", ""); !errors.Is(err, errRefused) {
-			t.Errorf("a write while another program writes: %v, want errRefused", err)
-		}
-	})
 }
 
 func TestAReadWaitsForAConnectionForThreeSecondsAtMost(t *testing.T) {
@@ -6183,34 +5863,6 @@ func TestAReadWaitsForAConnectionForThreeSecondsAtMost(t *testing.T) {
 	}
 }
 
-func TestAClientThatHangsUpUndoesNoWrite(t *testing.T) {
-	t.Parallel()
-	db := openTestDatabase(t)
-	store := &sqliteSessions{db}
-	user, id, ended := testUser(1), newUUID(), newUUID()
-	user.UpdatedAt = user.CreatedAt
-	ctx, hangUp := context.WithCancel(t.Context())
-	hangUp()
-	err := errors.Join(db.InsertUser(ctx, user, user.Email, "old"),
-		db.ReplacePasswordHash(ctx, user.ID, "old", "new"),
-		db.ReplacePasswordHash(ctx, user.ID, "old", "late"), // does nothing
-		store.Create(ctx, id, user, time.Hour),
-		store.Create(ctx, ended, user, time.Hour),
-		store.Delete(ctx, ended))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got, hash, err := db.UserByEmail(t.Context(), user.Email); got != user || hash != "new" || err != nil {
-		t.Errorf("got %v, %s, %v, want %v, new", got, hash, err, user)
-	}
-	if got, err := store.Get(t.Context(), id); got != user || err != nil {
-		t.Errorf("got %v, %v, want %v", got, err, user)
-	}
-	if _, err := store.Get(t.Context(), ended); !errors.Is(err, errNoSession) {
-		t.Errorf("after Delete: %v, want errNoSession", err)
-	}
-}
-
 func TestEmbeddedSessionsOutliveARestart(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "a folder?#%20 ü&_pragma=x", "users.db")
@@ -6237,63 +5889,18 @@ func TestEmbeddedSessionsOutliveARestart(t *testing.T) {
 	s.signIn(user.Email)
 }
 
-func TestExpiredSessionsAreGoneAndSwept(t *testing.T) {
+func TestExpiredSessionsAreSwept(t *testing.T) {
 	t.Parallel()
 	db := openTestDatabase(t)
 	store := &sqliteSessions{db}
-	expired := newUUID()
-	if err := store.Create(t.Context(), expired, testUser(1), -time.Second); err != nil {
-		t.Fatal(err)
-	}
-	_, got := store.Get(t.Context(), expired)
-	err := store.Delete(t.Context(), expired)
-	if !errors.Is(got, errNoSession) || !errors.Is(err, errNoSession) {
-		t.Errorf("an expired session: Get %v, Delete %v, want errNoSession", got, err)
-	}
-	_, err = db.writer.Exec(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 150)
+	_, err := db.writer.Exec(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 150)
 		INSERT INTO sessions SELECT randomblob(32), '', '', '', '', '', i FROM n`)
-	for _, want := range []int{52, 2} { // each that is made sweeps a hundred
+	for _, want := range []int{51, 2} { // each that is made sweeps a hundred
 		n := 0
 		err = errors.Join(err, store.Create(t.Context(), newUUID(), testUser(1), time.Hour),
 			db.reader.QueryRow(`SELECT count(*) FROM sessions`).Scan(&n))
 		if err != nil || n != want {
 			t.Errorf("%d rows, %v, want %d", n, err, want)
-		}
-	}
-}
-
-func TestErrorsOfTheStore(t *testing.T) {
-	t.Parallel()
-	const insert = `INSERT INTO users VALUES ('1', '', 'a@b', '', 0, 0), `
-	for name, tt := range map[string]struct {
-		sql  string
-		err  error // not from SQLite
-		want error // nil: a fault of ours
-	}{
-		"the same email": {sql: insert + `('2', '', 'a@b', '', 0, 0)`, want: errEmailTaken},
-		"the same id":    {sql: insert + `('1', '', 'c@d', '', 0, 0)`},
-		"no such table":  {sql: `SELECT * FROM nowhere`, want: errUnavailable},
-		"the wrong type": {sql: `CREATE TABLE t (n INTEGER PRIMARY KEY); INSERT INTO t VALUES ('x')`},
-		"full":           {sql: `PRAGMA max_page_count = 1; CREATE TABLE t AS SELECT zeroblob(1e6)`, want: errRefused},
-		"read-only":      {sql: `PRAGMA query_only = 1; DELETE FROM users`, want: errRefused},
-		"damaged": {sql: `PRAGMA writable_schema = 1; UPDATE sqlite_master SET rootpage = 999
-			WHERE name = 'users'; PRAGMA schema_version = 99; SELECT * FROM users`, want: errUnavailable},
-		"no such file": {sql: `ATTACH '/no/such/folder/file' AS other`, want: errUnavailable},
-		"out of time":  {err: context.DeadlineExceeded, want: errUnavailable},
-		"rolled back":  {err: sql.ErrTxDone, want: errUnavailable},
-		"hung up":      {err: context.Canceled},
-		"our own":      {err: errNoSession, want: errNoSession},
-	} {
-		err := tt.err
-		if tt.sql != "" {
-			_, err = openTestDatabase(t).writer.Exec(tt.sql)
-		}
-		translated := storeError("testing", err)
-		for _, sentinel := range []error{errEmailTaken, errUnavailable, errRefused, errNoSession} {
-			want := sentinel == tt.want || sentinel == errUnavailable && tt.want == errRefused
-			if err == nil || errors.Is(translated, sentinel) != want {
-				t.Errorf("%s: %v becomes %v: is that %q: want %t", name, err, translated, sentinel, want)
-			}
 		}
 	}
 }
@@ -6315,17 +5922,18 @@ func lockFile(t testing.TB, path string) (unlock func()) {
 	return func() { tx.Rollback() }
 }
 
-// fileFault strikes the account file of a service that has two accounts: an early one, with a weak hash, and a
-// late one. Beside the file is a backup, made in between.
+// fileFault strikes the account file of a service that has two accounts: an early one, with a weak hash, and
+// a late one. Beside the file is a backup, made in between.
 type fileFault struct {
 	strike          func(s *service) (mend func())
-	embedded, redis []int  // the statuses of the requests; none: the service does not notice
+	embedded, redis []int  // the statuses of the requests with either store of sessions; none: not tried
 	log, cause      string // of the line that tells it
 	restart         bool
 	early, late     bool // are there after a restart
 }
 
 func TestFaultsOfTheFile(t *testing.T) {
+	t.Parallel()
 	const (
 		refuses    = "store refuses"
 		outOfReach = "store out of reach"
@@ -6365,18 +5973,18 @@ func TestFaultsOfTheFile(t *testing.T) {
 		},
 		"replaced": {
 			strike:   replace,
-			embedded: []int{503, 503, 503, 503, 503}, redis: []int{200, 503, 503, 503, 204},
-			log: outOfReach, cause: replaced, restart: true, early: true,
+			embedded: []int{503, 503, 503, 503, 503},
+			log:      outOfReach, cause: replaced, restart: true, early: true,
 		},
 		"its log deleted": {
 			strike: func(s *service) func() {
 				os.Remove(s.dbPath + "-wal")
 				return forGood
 			},
-			embedded: []int{503, 503, 503, 503, 503}, redis: []int{200, 503, 503, 503, 204},
-			log: outOfReach, cause: replaced, restart: true, early: true, late: true,
+			embedded: []int{503, 503, 503, 503, 503},
+			log:      outOfReach, cause: replaced, restart: true, early: true, late: true,
 		},
-		"replaced and not noticed": {strike: replace, restart: true, early: true},
+		"replaced and not noticed": {strike: replace, embedded: []int{}, restart: true, early: true},
 		"reduced to the original's schema": { // as prisma db push does
 			strike: func(s *service) func() {
 				s.exec(`DROP TABLE sessions; DROP INDEX users_email_nocase`)
@@ -6386,24 +5994,29 @@ func TestFaultsOfTheFile(t *testing.T) {
 			log: outOfReach, cause: "restart the service", restart: true, early: true, late: true,
 		},
 	} {
-		t.Run(name, func(t *testing.T) { each(t, fault.test) })
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if fault.embedded != nil {
+				fault.test(t, "REDIS_URL=", fault.embedded)
+			}
+			if fault.redis != nil {
+				fault.test(t, "REDIS_URL="+redisURL(t), fault.redis)
+			}
+		})
 	}
 }
 
-func (f fileFault) test(t *testing.T, backend string) {
+func (f fileFault) test(t *testing.T, backend string, statuses []int) {
 	s := startWith(t, func(cfg *config) { cfg.server.bcryptCost = 5 }, backend)
 	s.expectErrors()
 	early := s.addAccount(newEmail(), bcrypt.MinCost)
 	s.exec(`VACUUM INTO ?`, s.dbPath+".backup")
 	backup := &service{TB: t, dbPath: s.dbPath + ".backup"}
-	backup.exec(`CREATE TABLE "_prisma_migrations" AS SELECT zeroblob(100000)`) // of another size than the file
+	backup.exec(`CREATE TABLE "_prisma_migrations" AS SELECT zeroblob(100000)`) // it has another size
 	late, id := s.register(newEmail())
 	mend := f.strike(s)
-	requests := []string{"GET /user", "GET /healthz", "POST /user/signin", "POST /user", "DELETE /user/session"}
-	statuses := f.redis
-	if backend == "REDIS_URL=" {
-		statuses = f.embedded
-	}
+	requests := []string{"GET /user", "GET /healthz", "POST /user/signin", "POST /user",
+		"DELETE /user/session"}
 	for i, want := range statuses {
 		email := early.Email
 		if requests[i] == "POST /user" {
@@ -6433,7 +6046,7 @@ func (f fileFault) test(t *testing.T, backend string) {
 
 // testRestart starts another service, while the first one still runs if it can have noticed the fault.
 func (f fileFault) testRestart(s *service, backend string, exists map[string]bool) {
-	if f.redis == nil {
+	if f.log == "" {
 		s.stop()
 	}
 	next := startProcess(s, backend, "DB_PATH="+s.dbPath)
@@ -6714,54 +6327,6 @@ func FuzzCookies(f *testing.F) {
 	})
 }
 
-func FuzzSessionHash(f *testing.F) {
-	const toString = "Sun Mar 30 2025 20:00:00 GMT-0300 (Brasilia Standard Time)"
-	for damage := range uint8(5) {
-		f.Add("7", testTime, "2025-03-31T20:00:00Z", toString, damage, damage)
-		f.Add("7", "0000-01-01T00:00:00+23:59", "9999-12-31T23:59:59.999-23:59", toString, damage, uint8(0))
-		f.Add("", "Invalid Date", testTime, "1743364800000", damage, uint8(9))
-	}
-	f.Fuzz(func(t *testing.T, id, createdAt, updatedAt, updateAt string, damage, at uint8) {
-		skipLong(t, id, createdAt, updatedAt, updateAt)
-		elements := []string{bulkString("id"), bulkString(id), bulkString("createdAt"), bulkString(createdAt),
-			bulkString("updatedAt"), bulkString(updatedAt), bulkString("updateAt"), bulkString(updateAt),
-			bulkString("age"), "*1\r\n$-1\r\n"} // what is no field of ours may be anything
-		damages := []string{":1\r\n", "*0\r\n", "%1\r\n", bulkString(strings.Repeat("x", maxReply))}
-		wantErr := error(nil)
-		if int(damage) < len(damages) {
-			elements[int(at)%(len(elements)-1)] = damages[damage]
-			wantErr = errReplyShape
-			if damage == 3 {
-				wantErr = errReplySize
-			}
-		}
-		hash := &lookup{}
-		r := &replyReader{in: bufio.NewReader(strings.NewReader("*10\r\n" + strings.Join(elements, "")))}
-		r.begin()
-		hash.read(r)
-		if !errors.Is(r.err, wantErr) || r.refusal != "" {
-			t.Fatalf("%q: error %v, want %v", elements, r.err, wantErr)
-		}
-		if wantErr != nil {
-			return
-		}
-		user := hash.user
-		want := User{ID: id, CreatedAt: "1970-01-01T00:00:00.000Z", UpdatedAt: "1970-01-01T00:00:00.000Z"}
-		for _, text := range []string{createdAt, updateAt, updatedAt} { // the last that can be read
-			if at, ok := parseSessionTime(text); ok {
-				want.CreatedAt = at
-				want.UpdatedAt = at
-			}
-		}
-		if at, ok := parseSessionTime(createdAt); ok {
-			want.CreatedAt = at
-		}
-		if user != want {
-			t.Errorf("%q: %+v, want %+v", elements, user, want)
-		}
-	})
-}
-
 func FuzzTimes(f *testing.F) {
 	f.Add("2025-03-30T20:00:00.123456Z", int64(1743364800123), -180)
 	f.Add("0000-01-01T00:00:00+23:59", int64(-1), 330)
@@ -6798,7 +6363,7 @@ func FuzzTimes(f *testing.F) {
 			{parseColumnTime, instant.Format("2006-01-02T15:04:05.000"), exact},
 			{parseColumnTime, instant.Format("2006-01-02 15:04:05.000"), exact},
 			{parseColumnTime, instant.Format(time.DateTime), seconds},
-			{parseColumnTime, instant.Format(time.DateOnly), instant.Format(time.DateOnly) + "T00:00:00.000Z"},
+			{parseColumnTime, exact[:10], exact[:10] + "T00:00:00.000Z"},
 			{parseColumnTime, strconv.FormatInt(instant.UnixMilli(), 10) + ".9", exact},
 		} {
 			if got, ok := form.parse(form.text); got != form.want || !ok {
@@ -6875,39 +6440,35 @@ func scanReply(text string) (rest string, ok bool) {
 	return text, true
 }
 
-// What is read of a reply is bounded, whatever it is. Where the reader finds nothing wrong with the stream, it
-// has read a reply for each command, no more and no less.
+// What is read of a reply is bounded, whatever it is. Where the reader finds nothing wrong, it has read one
+// reply for each command.
 func FuzzRedisReplies(f *testing.F) {
 	for _, text := range []string{
-		"+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n:5\r\n:1\r\n", "+OK\r\n+QUEUED\r\n+QUEUED\r\n-EXECABORT\r\n",
-		"-NOPERM\r\n:5\r\n:1\r\n-ERR\r\n", "+OK\r\n-OOM\r\n+QUEUED\r\n-EXECABORT\r\n", "+OK\r\n+QUEUED\r\n-ERR\r\n-EXECABORT\r\n",
-		"+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n-WRONGTYPE\r\n-ERR\r\n", "-ERR\r\n+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n:5\r\n:1\r\n",
-		"+OK\r\n-MOVED 1 h:1\r\n-MOVED 1 h:1\r\n-EXECABORT\r\n", "+OK\r\n+OK\r\n-MOVED 1 h:1\r\n-MOVED 1 h:1\r\n-EXECABORT\r\n",
-		"*4\r\n$2\r\nid\r\n$1\r\n7\r\n$1\r\nx\r\n*2\r\n:1\r\n*1\r\n$-1\r\n", "*2\r\n$2\r\nid\r\n-ERR\r\n", "-WRONGTYPE\r\n", "*0\r\n",
-		":1\r\n", "-NOPERM\r\n", "$3\r\nabc\r\n", "*2\r\n$6\r\nmaster\r\n*1\r\n:5\r\n", "*2\r\n$4\r\nhost\r\n$4\r\n6379\r\n", "*-1\r\n",
-		"$-1\r\n", "$9999999999\r\n", "*9999999999\r\n", "$99999999999999999999\r\n", "$x\r\n", "$-2\r\n", "\r\n", "\n", "%1\r\n",
+		"+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n:5\r\n:1\r\n", "+OK\r\n-OOM\r\n+QUEUED\r\n-EXECABORT\r\n",
+		"-NOPERM\r\n:5\r\n:1\r\n-ERR\r\n", "+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n-WRONGTYPE\r\n-ERR\r\n",
+		"-ERR\r\n+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n:5\r\n:1\r\n", "*2\r\n$2\r\nid\r\n-ERR\r\n",
+		"+OK\r\n+OK\r\n-MOVED 1 h:1\r\n-MOVED 1 h:1\r\n-EXECABORT\r\n", "*2\r\n$6\r\nmaster\r\n*1\r\n:5\r\n",
+		"*4\r\n$2\r\nid\r\n$1\r\n7\r\n$1\r\nx\r\n*2\r\n:1\r\n*1\r\n$-1\r\n", "*0\r\n", ":1\r\n", "$-1\r\n",
+		"$9999999999\r\n", "*9999999999\r\n", "$99999999999999999999\r\n", "$x\r\n", "$-2\r\n", "%1\r\n",
 		"+OK\n", "$1\r\nxxx", strings.Repeat("*1\r\n", 100_000), strings.Repeat("+", 1<<20),
 		"*1000\r\n" + strings.Repeat(bulkString(strings.Repeat("x", 40<<10)), 10),
 	} {
 		f.Add(text)
 	}
-	skip := (*replyReader).skip
 	f.Fuzz(func(t *testing.T, text string) {
 		text += strings.Repeat("-ERR\r\n", 5) // which are as good as any reply, to one who reads too many
 		for name, what := range map[string]struct {
 			read    func(r *replyReader)
 			replies int
 		}{
-			"a lookup":                  {(&lookup{}).read, 1},
-			"a creation":                {(&creation{}).read, 4},
-			"a deletion":                {(&deletion{}).read, 1},
-			"a ping":                    {ping{}.read, 0},
-			"a lookup with ASKING":      {asking{&lookup{}}.read, 2},
-			"a creation with ASKING":    {asking{&creation{}}.read, 5},
-			"OK":                        {isOK, 1},
-			"a role":                    {isPrimary, 1},
-			"what is skipped":           {skip, 1},
-			"what is skipped, and more": {func(r *replyReader) { skip(r); (&deletion{}).read(r) }, 2},
+			"a lookup":               {(&lookup{}).read, 1},
+			"a creation":             {(&creation{}).read, 4},
+			"a deletion":             {(&deletion{}).read, 1},
+			"a ping":                 {ping{}.read, 0},
+			"a lookup with ASKING":   {asking{&lookup{}}.read, 2},
+			"a creation with ASKING": {asking{&creation{}}.read, 5},
+			"a role":                 {isPrimary, 1},
+			"what is skipped":        {(*replyReader).skip, 1},
 		} {
 			in := strings.NewReader(text)
 			r := &replyReader{in: bufio.NewReaderSize(in, 16<<10)}
