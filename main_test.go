@@ -1427,8 +1427,8 @@ func TestTheStartTriesASessionAndLeavesNone(t *testing.T) {
 	const away = "session store out of reach, answering 503 until it is back"
 	for _, method := range []string{"Create", "Get", "Delete"} {
 		for cause, want := range map[error]string{
-			&refusedError{"redis:6379", "NOPERM"}: refused,
-			errUnavailable:                        away,
+			&refusedError{server: "redis:6379", text: "NOPERM"}: refused,
+			errUnavailable: away,
 		} {
 			sessions := newFailingSessions(failing(method, cause))
 			log := &logBuffer{}
@@ -2324,7 +2324,7 @@ func TestAnOutageIs503AndLogged(t *testing.T) {
 	} {
 		for msg, cause := range map[string]error{
 			"store out of reach": fmt.Errorf("%w: no route to host", errUnavailable),
-			"store refuses":      &refusedError{"the host", "NOPERM"},
+			"store refuses":      &refusedError{server: "the host", text: "NOPERM"},
 		} {
 			what := fmt.Sprintf("%s %s, %s at %s", tt.method, tt.path, msg, tt.fails)
 			log := &logBuffer{}
@@ -2381,7 +2381,7 @@ func TestAStoreThatAnswersAgainIsTold(t *testing.T) {
 	}
 	const second = time.Second
 	away := fmt.Errorf("%w: no route to host", errUnavailable)
-	refuses := &refusedError{"redis:6379", "OOM"}
+	refuses := &refusedError{server: "redis:6379", text: "OOM"}
 	for what, steps := range map[string][]step{
 		"asked once": {{fails: away}, {after: 90 * second, back: "1m30s"}, {after: second}},
 		"away twice": {
@@ -3901,7 +3901,7 @@ func TestConnectingHasTimeOfItsOwn(t *testing.T) {
 		}, steady: true, back: time.Second, dials: 2, message: errConnecting},
 		{name: "never", dial: hang, steady: true, back: -1, dials: 15},
 		{name: "refused", dial: func(context.Context, int) error { return refused }, steady: true,
-			back: -1, dials: 150, message: refused}, // one each 0.1 s
+			back: -1, dials: 150, message: errUnavailable}, // one each 0.1 s
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -4118,7 +4118,7 @@ func TestRedirections(t *testing.T) {
 		})
 	}
 	// An IPv6 address has no brackets here.
-	_, _, addr := parseRedirection(&refusedError{"redis:6379", "MOVED 3999 2001:db8::1:6381"})
+	_, _, addr := parseRedirection(&refusedError{server: "redis:6379", text: "MOVED 3999 2001:db8::1:6381"})
 	if addr != "[2001:db8::1]:6381" {
 		t.Errorf("an IPv6 address is read as %s", addr)
 	}
@@ -4276,7 +4276,7 @@ func (c *redisCluster) testWaysIn(t *testing.T) {
 	s := start(t, "REDIS_URL=redis://"+addr+"/3")
 	s.expectErrors()
 	s.want(503, newUUID())
-	line := s.log.find(t, "store refuses")
+	line := s.log.find(t, "store out of reach")
 	if cause, _ := line["err"].(string); !strings.Contains(cause, "SELECT is not allowed in cluster mode") {
 		t.Errorf("a database other than 0: line %v, want the cause", line)
 	}
@@ -4790,7 +4790,7 @@ func (f redisFault) test(t *testing.T) {
 func (f redisFault) wantCause(s *service) {
 	s.Helper()
 	message := "store out of reach"
-	if f.cause != "" {
+	if f.cause != "" && f.want != allAway {
 		message = "store refuses"
 	}
 	s.log.find(s, message)
@@ -4915,9 +4915,11 @@ func TestStartWithoutAWillingRedis(t *testing.T) {
 			t.Parallel()
 			r := ownRedis(t, tt.options...)
 			message := refuses
+			if tt.lookup == 503 && tt.signIn == 503 {
+				message = away
+			}
 			if tt.name == "away" {
 				r.kill()
-				message = away
 			}
 			s := start(t, "REDIS_URL=redis://"+tt.login+r.addr())
 			s.expectErrors()
@@ -4934,7 +4936,7 @@ func TestStartWithoutAWillingRedis(t *testing.T) {
 				t.Errorf("POST /user/signin: status %d, want %d", status, tt.signIn)
 			}
 			s.want(tt.lookup, newUUID())
-			if message == away {
+			if tt.name == "away" {
 				r.launch(t)
 				s.wantBack(200, "/healthz")
 				s.want(200, s.signIn(email))

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/url"
 	"os"
@@ -232,7 +233,7 @@ func (s *redisSessions) Delete(ctx context.Context, id string) error {
 
 // Ping returns nil when any server of a cluster answers.
 func (s *redisSessions) Ping(ctx context.Context) error {
-	return s.cluster.do(ctx, s.cluster.entry, ping{}, 2)
+	return s.cluster.ping(ctx)
 }
 
 func (s *redisSessions) Close() error {
@@ -355,18 +356,18 @@ func (a asking) read(r *replyReader) {
 
 // The worst that an operation can take is 2 s: operationTimeout until it is sent, and then replyTimeout.
 const (
-	operationTimeout = time.Second            // past it an operation is not sent any more
-	replyTimeout     = time.Second            // from sending a flush to its last reply
-	connectTimeout   = 10 * time.Second       // name, TCP, TLS, login and first ECHO together
-	sentinelTimeout  = 500 * time.Millisecond // one sentinel, and the primary that it names
-	attemptInterval  = time.Second            // between attempts to connect while none has succeeded
-	attemptPause     = time.Second / 10       // after one that failed
-	expiryInterval   = time.Second / 10       // of looking for operations that have waited too long
-	minAge           = time.Second            // of a connection that is ended when Redis is no primary
-	maxQueued        = 8192                   // operations that wait to be sent
-	maxReply         = 256 << 10              // bytes of an operation's replies; the original's need 200 kB
-	slotCount        = 16384                  // of a cluster
-	maxRedirections  = 5                      // of one operation in it
+	operationTimeout = time.Second      // past it an operation is not sent any more
+	replyTimeout     = time.Second      // from sending a flush to its last reply
+	connectTimeout   = 10 * time.Second // name, TCP, TLS, login and first ECHO together
+	sentinelTimeout  = time.Second / 2  // asking one sentinel
+	attemptInterval  = time.Second      // between attempts to connect while none has succeeded
+	attemptPause     = time.Second / 10 // after one that failed
+	expiryInterval   = time.Second / 10 // of looking for operations that have waited too long
+	minAge           = time.Second      // of a connection that is ended when Redis is no primary
+	maxQueued        = 8192             // operations that wait to be sent
+	maxReply         = 256 << 10        // bytes of an operation's replies; the original's need 200 kB
+	slotCount        = 16384            // of a cluster
+	maxRedirections  = 5                // of one operation in it
 )
 
 var (
@@ -380,20 +381,26 @@ var (
 	errReplySize  = errors.New("a reply larger than any session")
 	errOutOfStep  = errors.New("replies out of step")
 	errNoPrimary  = errors.New("is no primary")
+
+	errNotInCharge = errors.New("is no primary any more, or no node of its cluster")
 )
 
 // refusedError is what Redis said no with. It is an errRefused.
 type refusedError struct {
 	server string // host:port
+	user   string // that is logged in, "" for the default one
 	text   string // such as "OOM command not allowed when used memory > 'maxmemory'."
 }
 
 func (e *refusedError) Unwrap() error { return errRefused }
 
-// Error leaves out what Redis quotes behind ", with args": arguments such as session ids and passwords, which
-// no log may hold.
+// Error leaves out what no log may hold: arguments such as session ids and passwords, which Redis quotes
+// behind ", with args", and the name of the user.
 func (e *refusedError) Error() string {
 	text, _, _ := strings.Cut(e.text, ", with args")
+	if e.user != "" {
+		text = strings.ReplaceAll(text, "User "+e.user+" ", "User … ")
+	}
 	return e.server + ": " + text
 }
 
@@ -451,8 +458,8 @@ func newCluster(target *redisTarget, stats *redisStats, log *slog.Logger) *clust
 		log:    log,
 		nodes:  map[string]*pipeline{},
 	}
-	c.entry = newPipeline(target.String(), stats, func(ctx context.Context, attempt int) (*redisConn, error) {
-		return target.dial(ctx, c.addresses(), attempt)
+	c.entry = newPipeline(target.String(), stats, func(ctx context.Context, first int) (*redisConn, error) {
+		return target.dial(ctx, c.addresses(), first)
 	})
 	return c
 }
@@ -491,6 +498,23 @@ func (c *cluster) do(ctx context.Context, server *pipeline, req request, sends i
 	return cause
 }
 
+// ping asks the entry, and when that does not answer the other nodes that are connected.
+func (c *cluster) ping(ctx context.Context) error {
+	err := c.do(ctx, c.entry, ping{}, 2)
+	if err == nil {
+		return nil
+	}
+	c.mu.Lock()
+	nodes := slices.Collect(maps.Values(c.nodes))
+	c.mu.Unlock()
+	for _, node := range nodes {
+		if node.stands() && c.do(ctx, node, ping{}, 2) == nil {
+			return nil
+		}
+	}
+	return err
+}
+
 // redirect returns the server to which an operation that failed is to be sent next, nil for none, and whether
 // ASKING goes before it. A redirection means that nothing was done.
 func (c *cluster) redirect(from *pipeline, op *operation) (to *pipeline, ask bool) {
@@ -506,6 +530,10 @@ func (c *cluster) redirect(from *pipeline, op *operation) (to *pipeline, ask boo
 			return to, false
 		case "ASK":
 			return c.node(addr), true
+		}
+		if from != c.entry && strings.HasPrefix(refusal.text, "CLUSTERDOWN") {
+			c.forget(from) // it may have left the cluster
+			return c.entry, false
 		}
 		return nil, false
 	}
@@ -607,18 +635,17 @@ func (c *cluster) forget(lost *pipeline) {
 	}
 }
 
-// addresses returns those of the entry: the ones in REDIS_URL, and then the nodes that have slots.
+// addresses returns those of the entry: the ones in REDIS_URL, and then all that redirections have named.
 func (c *cluster) addresses() []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	var known []string
-	for _, node := range c.slots[:] {
-		if node != nil && !slices.Contains(known, node.name) {
-			known = append(known, node.name)
+	addrs := slices.Clone(c.target.addrs)
+	for _, addr := range slices.Sorted(maps.Keys(c.nodes)) {
+		if !slices.Contains(addrs, addr) {
+			addrs = append(addrs, addr)
 		}
 	}
-	slices.Sort(known)
-	return append(slices.Clone(c.target.addrs), known...)
+	return addrs
 }
 
 // queued returns how many operations wait to be sent.
@@ -647,7 +674,7 @@ func (c *cluster) close() {
 // (receive). No operation waits for another's reply, nor for a connection longer than for its own deadline.
 type pipeline struct {
 	name    string // of the server, for messages
-	dial    func(ctx context.Context, attempt int) (*redisConn, error)
+	dial    func(ctx context.Context, first int) (*redisConn, error)
 	stats   *redisStats
 	closing context.Context // ends with close
 	stop    context.CancelFunc
@@ -659,10 +686,11 @@ type pipeline struct {
 	conn     *redisConn // nil when none stands
 	failed   error      // of the last attempt to connect
 	failedAt time.Time
+	first    int // where the next attempt to connect begins in the list of addresses
 }
 
 func newPipeline(
-	name string, stats *redisStats, dial func(ctx context.Context, attempt int) (*redisConn, error),
+	name string, stats *redisStats, dial func(ctx context.Context, first int) (*redisConn, error),
 ) *pipeline {
 	p := &pipeline{name: name, dial: dial, stats: stats}
 	p.closing, p.stop = context.WithCancel(context.Background())
@@ -692,9 +720,9 @@ func (p *pipeline) enqueue(op *operation) error {
 	case p.closing.Err() != nil:
 		return errClosed
 	case !now.Before(op.deadline):
-		return errNoTime
+		return fmt.Errorf("%s: %w", p.name, errNoTime)
 	case len(p.queue) >= maxQueued:
-		return errQueueFull
+		return fmt.Errorf("%s: %w", p.name, errQueueFull)
 	case p.conn == nil && p.failed != nil && now.Sub(p.failedAt) < attemptPause:
 		return p.failed
 	}
@@ -735,28 +763,31 @@ func (p *pipeline) sendQueued() {
 	}
 }
 
-// expire finishes, with err, what is queued and past its deadline. The caller holds p.mu.
-func (p *pipeline) expire(err error) {
+// expire finishes what is queued and past its deadline. The caller holds p.mu.
+func (p *pipeline) expire(cause error) {
 	now := time.Now()
 	p.queue = slices.DeleteFunc(p.queue, func(op *operation) bool {
 		expired := !now.Before(op.deadline)
 		if expired {
-			op.finish(err)
+			op.finish(fmt.Errorf("%s: %w", p.name, cause))
 		}
 		return expired
 	})
 }
 
 // connect dials until a connection stands, or all attempts have failed. A further attempt starts each
-// attemptInterval while operations wait, and the first connection to stand is used.
+// attemptInterval while operations wait, at the next address, and the first connection to stand is used.
 func (p *pipeline) connect() {
 	ctx, cancel := context.WithCancel(p.closing)
 	defer cancel() // ends the attempts that are late
+	p.mu.Lock()
+	first := p.first
+	p.mu.Unlock()
 	attempts := make(chan dialed)
 	started := 0
 	ended := 0
 	start := func() {
-		go p.attempt(ctx, started, attempts)
+		go p.attempt(ctx, first+started, attempts)
 		started++
 	}
 	start()
@@ -777,7 +808,7 @@ func (p *pipeline) connect() {
 			}
 		case <-expiry.C:
 			p.mu.Lock()
-			p.expire(fmt.Errorf("%s: %w", p.name, errConnecting))
+			p.expire(errConnecting)
 			p.mu.Unlock()
 		case <-ctx.Done():
 			return
@@ -787,18 +818,18 @@ func (p *pipeline) connect() {
 
 // dialed is what came of one attempt to connect.
 type dialed struct {
-	conn *redisConn
-	err  error
+	first int // where it began in the list of addresses
+	conn  *redisConn
+	err   error
 }
 
-// attempt makes the nth attempt, counted from 0, to connect.
-func (p *pipeline) attempt(ctx context.Context, n int, attempts chan<- dialed) {
+func (p *pipeline) attempt(ctx context.Context, first int, attempts chan<- dialed) {
 	p.stats.dials.Add(1)
 	dialCtx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
-	conn, err := p.dial(dialCtx, n)
+	conn, err := p.dial(dialCtx, first)
 	select {
-	case attempts <- dialed{conn, err}:
+	case attempts <- dialed{first, conn, err}:
 	case <-ctx.Done(): // another one was first, or the store is closed
 		if err == nil {
 			closeNow(conn.socket)
@@ -813,10 +844,11 @@ func (p *pipeline) connected(a dialed, last bool) bool {
 	defer p.mu.Unlock()
 	p.dialing = a.err != nil && !last
 	if a.err != nil {
-		p.failed = a.err
+		// A login that was refused is no refusal of what waits: none of that was sent.
+		p.failed = fmt.Errorf("%w: %v", errUnavailable, a.err)
 		p.failedAt = time.Now()
 		for _, op := range p.queue {
-			op.finish(a.err)
+			op.finish(p.failed)
 		}
 		p.queue = nil
 		return last
@@ -828,17 +860,22 @@ func (p *pipeline) connected(a dialed, last bool) bool {
 	a.conn.pipeline = p
 	p.conn = a.conn
 	p.failed = nil
+	p.first = a.first
 	go a.conn.receive()
 	p.wake()
 	return true
 }
 
-// leave takes a connection that has ended out of use.
+// leave takes a connection that has ended out of use. One that hung, or to a server that is none to ask any
+// more, is followed by one to another address, if there is any.
 func (p *pipeline) leave(conn *redisConn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.conn == conn {
 		p.conn = nil
+		if errors.Is(conn.err, os.ErrDeadlineExceeded) || errors.Is(conn.err, errNotInCharge) {
+			p.first++
+		}
 	}
 	p.wake()
 }
@@ -889,6 +926,7 @@ func (p *pipeline) close() {
 type redisConn struct {
 	pipeline *pipeline
 	server   string // host:port
+	user     string // that is logged in, "" for the default one
 	socket   net.Conn
 	encoder  redis.Conn
 	replies  replyReader
@@ -932,7 +970,8 @@ func (openSocket) Close() error { return nil }
 
 // send sends operations as a flush. Only one goroutine at a time may call it.
 //
-// There is no deadline for writing: when the one for reading passes, the socket is closed.
+// The deadline of the oldest flush in flight holds for writing too. Under TLS a blocked write also blocks
+// the reader, which has an alert to send.
 func (c *redisConn) send(operations []*operation) {
 	c.flushes++
 	f := &flush{
@@ -971,7 +1010,7 @@ func (c *redisConn) begin(f *flush) bool {
 	}
 	c.inFlight = append(c.inFlight, f)
 	if len(c.inFlight) == 1 {
-		c.socket.SetReadDeadline(f.deadline)
+		c.socket.SetDeadline(f.deadline)
 	}
 	return true
 }
@@ -1020,7 +1059,7 @@ func (c *redisConn) receiveFlush() (culprit *operation) {
 	c.replies.begin()
 	proof := string(c.replies.bulk())
 	if c.replies.refusal != "" {
-		c.replies.fail(&refusedError{c.server, c.replies.refusal})
+		c.replies.fail(c.refused(c.replies.refusal))
 	} else if proof != f.nonce {
 		c.replies.fail(errOutOfStep)
 	}
@@ -1045,25 +1084,33 @@ func (c *redisConn) end() error {
 	if len(c.inFlight) > 0 {
 		deadline = c.inFlight[0].deadline
 	}
-	c.socket.SetReadDeadline(deadline)
+	c.socket.SetDeadline(deadline)
 	return nil
 }
 
-// deliver finishes the operations of a flush that is proved. After a failover what was the primary takes no
-// writes, so the connection ends, and the next one finds the new primary.
+// deliver finishes the operations of a flush that is proved. A server that was the primary before a failover,
+// or a node that its cluster has dropped, says so: then the connection ends, and the next one finds another.
 func (c *redisConn) deliver(f *flush) {
-	readOnly := false
+	inCharge := true
 	for i, op := range f.operations {
-		if text := f.refusals[i]; text != "" {
-			readOnly = readOnly || strings.HasPrefix(text, "READONLY")
-			op.finish(&refusedError{c.server, text})
-		} else {
+		text := f.refusals[i]
+		if text == "" {
 			op.finish(nil)
+			continue
 		}
+		if strings.HasPrefix(text, "READONLY") || strings.HasPrefix(text, "CLUSTERDOWN") {
+			inCharge = false
+		}
+		op.finish(c.refused(text))
 	}
-	if readOnly && time.Since(c.since) > minAge {
-		c.fail(errNoPrimary)
+	if !inCharge && time.Since(c.since) > minAge {
+		c.fail(errNotInCharge)
 	}
+}
+
+// refused returns the error for what the server has refused.
+func (c *redisConn) refused(text string) error {
+	return &refusedError{server: c.server, user: c.user, text: text}
 }
 
 // fail ends the connection. Every connection ends here, and the first error wins.
@@ -1088,7 +1135,7 @@ func (c *redisConn) ask(read func(*replyReader), command string, args ...any) {
 	read(&c.replies)
 	err := c.replies.err
 	if c.replies.refusal != "" {
-		err = &refusedError{c.server, c.replies.refusal}
+		err = c.refused(c.replies.refusal)
 	}
 	if err != nil {
 		c.replies.err = fmt.Errorf("%s: %w", command, err)
@@ -1357,13 +1404,16 @@ func (t *redisTarget) String() string {
 	return text
 }
 
-// dial connects to the server of the first address that answers, beginning with the one at index first. The
-// time that ctx leaves is shared out among the addresses.
+// dial connects to the server of the first address that answers before ctx ends, beginning with the one at
+// index first.
 func (t *redisTarget) dial(ctx context.Context, addrs []string, first int) (*redisConn, error) {
+	connect := t.dialServer
+	if t.primary != "" {
+		connect = t.dialPrimary
+	}
 	var errs []error
 	for i := range addrs {
-		addr := addrs[(first+i)%len(addrs)]
-		conn, err := t.dialWithin(ctx, addr, len(addrs)-i)
+		conn, err := connect(ctx, addrs[(first+i)%len(addrs)])
 		if err == nil {
 			return conn, nil
 		}
@@ -1372,28 +1422,20 @@ func (t *redisTarget) dial(ctx context.Context, addrs []string, first int) (*red
 	return nil, errors.Join(errs...)
 }
 
-// dialWithin connects to a server, or to the primary that a sentinel knows, in one of several equal shares of
-// the time that ctx leaves.
-func (t *redisTarget) dialWithin(ctx context.Context, addr string, shares int) (*redisConn, error) {
-	deadline, _ := ctx.Deadline()
-	timeout := time.Until(deadline) / time.Duration(shares)
-	if t.primary == "" {
-		ctx, cancel := context.WithTimeout(ctx, timeout)
-		defer cancel()
-		return t.dialServer(ctx, addr)
-	}
-	ctx, cancel := context.WithTimeout(ctx, min(timeout, sentinelTimeout))
+// dialPrimary connects to the primary that a sentinel knows.
+func (t *redisTarget) dialPrimary(ctx context.Context, sentinel string) (*redisConn, error) {
+	askCtx, cancel := context.WithTimeout(ctx, sentinelTimeout)
 	defer cancel()
-	server, err := t.askSentinel(ctx, addr, "")
+	server, err := t.askSentinel(askCtx, sentinel, "")
 	if isRefusal(err, "NOAUTH") && t.password != "" {
-		server, err = t.askSentinel(ctx, addr, t.password)
+		server, err = t.askSentinel(askCtx, sentinel, t.password)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("sentinel %w", err)
 	}
 	conn, err := t.dialServer(ctx, server)
 	if err != nil {
-		return nil, fmt.Errorf("sentinel %s: %w", addr, err)
+		return nil, fmt.Errorf("sentinel %s: %w", sentinel, err)
 	}
 	return conn, nil
 }
@@ -1479,6 +1521,7 @@ func (t *redisTarget) connect(
 	past := time.Unix(1, 0)
 	stop := context.AfterFunc(ctx, func() { socket.SetDeadline(past) })
 	conn := newRedisConn(addr, socket)
+	conn.user = t.user
 	greet(conn)
 	if !stop() {
 		conn.replies.fail(ctx.Err())
