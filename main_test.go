@@ -1139,9 +1139,11 @@ func TestWrongConfigurationIsRefused(t *testing.T) {
 		{name: "REDIS_URL", want: "redis://[", wrong: "scheme", values: []string{"s3c:6379", "http://s3c:1"}},
 		{name: "REDIS_URL", want: "redis://[", wrong: "no such URL", values: []string{"redis://s3c st:6379"}},
 		{name: "REDIS_URL", want: "redis://[", wrong: "login", values: []string{"redis://s3c@h"}},
-		{name: "REDIS_URL", want: "]/primary", wrong: "primary", values: []string{"redis-sentinel://:s3c@a/"}},
+		{name: "REDIS_URL", want: "]/primary", wrong: "primary",
+			values: []string{"redis-sentinel://:s3c@a/"}},
 		// What an env file with CRLF, or with quotes in it, would make of a value.
-		{name: "DB_PATH", want: none, wrong: "control", values: []string{"/x\r", "\n/x", "/\x00x", "/x\u0085"}},
+		{name: "DB_PATH", want: none, wrong: "control",
+			values: []string{"/x\r", "\n/x", "/\x00x", "/x\u0085"}},
 		{name: "DB_PATH", want: none, wrong: "white space", values: []string{"/x ", " /x", "/x\u00a0"}},
 		{name: "DB_PATH", want: none, wrong: "quotes", values: []string{`"/x"`, "'/x'"}},
 		{name: "REDIS_URL", want: none, wrong: "control", values: []string{"redis://:s3c@h\r"}},
@@ -1651,8 +1653,10 @@ func TestShutdownFinishesWhatRunsInTime(t *testing.T) {
 		atLeast, atMost time.Duration
 		status          int
 	}{
-		"what runs is finished":      {cost: "10", bodyAfter: sec / 2, atLeast: sec / 2, atMost: 9 * sec, status: 201},
-		"but for 10 s at most":       {cost: "15", bodyAfter: 9*sec + sec/2, atLeast: 9 * sec, atMost: 15 * sec},
+		"what runs is finished": {cost: "10", bodyAfter: sec / 2, atLeast: sec / 2, atMost: 9 * sec,
+			status: 201},
+		"but for 10 s at most": {cost: "15", bodyAfter: 9*sec + sec/2, atLeast: 9 * sec,
+			atMost: 15 * sec},
 		"and not at a second signal": {cost: "15", second: true, atMost: 7 * sec},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -1924,7 +1928,8 @@ func TestTheWholeStory(t *testing.T) {
 		milliseconds := regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$`)
 		const attributes = "; HttpOnly; Secure; SameSite=Lax"
 		before := time.Now().UTC().Format(timeFormat)
-		a := s.ask("POST", "/user", `{"name":" Ada Lovelace ","email":" Ada@Example.COM ","password":"correct horse"}`)
+		a := s.ask("POST", "/user",
+			`{"name":" Ada Lovelace ","email":" Ada@Example.COM ","password":"correct horse"}`)
 		var created registration
 		json.Unmarshal([]byte(a.body), &created)
 		u := created.User
@@ -2013,21 +2018,23 @@ func TestBodiesThatAreRefused(t *testing.T) {
 		{path: signIn, body: credentials("no rule for new accounts holds", "x"), status: 401},
 		{path: signIn, body: credentials(strings.Repeat("x", 300), "x"), status: 401},
 	}
-	for _, body := range []string{` `, `{name:1}`, `{` + good, `[` + whole + `]`, `null`, `"x"`, whole + `{}`, whole + ` x`,
-		"\ufeff\ufeff" + whole, `{` + good + ",\"x\":\"\xff\"}"} {
+	for _, body := range []string{` `, `{name:1}`, `{` + good, `[` + whole + `]`, `null`, `"x"`, whole + `{}`,
+		whole + ` x`, "\ufeff\ufeff" + whole, `{` + good + ",\"x\":\"\xff\"}"} {
 		cases = append(cases, refusal{body: body, status: 400, detail: "JSON"})
 	}
-	for _, body := range []string{`{}`, `{"name":null,"email":null,"password":null}`, `{"name":"","email":"","password":""}`,
+	for _, body := range []string{`{}`, `{"name":null,"email":null,"password":null}`,
+		`{"name":"","email":"","password":""}`,
 		`{"name":1,"email":["a@b"],"password":{}}`, `{"Name":"Ada","EMAIL":"a@b","Password":"correct horse"}`,
 		`{"x":` + strings.Repeat("[", 8000) + strings.Repeat("]", 8000) + `}`} {
 		cases = append(cases, refusal{body: body, status: 400, fields: all})
 	}
 	for field, values := range map[string][]string{
-		"name": {" \t ", strings.Repeat("é", 101), "A\nB", "A\u0085B", "A\x00B", "\u200b", "\u3164", "\u115f\u200d \ufe0f",
-			"A\u202eB", "A\u2066B", "A\u200fB", "A\u061cB"},
-		"email": {"ada", "@example.com", "ada@", "a@b@c", "Ada <a@b>", "a@b,c@d", "a@b\r\nBcc: c@d", "a b@c", `"a"@b`,
-			"a@[b]", "a(x)@b", "a:b@c", "a;b@c", `a\b@c`, "a\x00b@c", "a\u00a0b@c", "a\u200bb@c", "a\u200db@c",
-			"a\u00adb@c", "a\u3164b@c", "a\u202eb@c", "a\ufe0f@c", strings.Repeat("a", 243) + "@example.com"},
+		"name": {" \t ", strings.Repeat("é", 101), "A\nB", "A\u0085B", "A\x00B", "\u200b", "\u3164",
+			"\u115f\u200d \ufe0f", "A\u202eB", "A\u2066B", "A\u200fB", "A\u061cB"},
+		"email": {"ada", "@example.com", "ada@", "a@b@c", "Ada <a@b>", "a@b,c@d", "a@b\r\nBcc: c@d", "a b@c",
+			`"a"@b`, "a@[b]", "a(x)@b", "a:b@c", "a;b@c", `a\b@c`, "a\x00b@c", "a\u00a0b@c", "a\u200bb@c",
+			"a\u200db@c", "a\u00adb@c", "a\u3164b@c", "a\u202eb@c", "a\ufe0f@c",
+			strings.Repeat("a", 243) + "@example.com"},
 		"password": {"1234567", strings.Repeat("p", 73), strings.Repeat("é", 37), "correct\x00horse"},
 	} {
 		for _, value := range values {
@@ -2064,9 +2071,10 @@ func TestBodiesThatAreAccepted(t *testing.T) {
 		strings.Replace(formWith("name", "Ada"), "{", `{"role":["admin"],"n":1e999,"Name":7,`, 1): "",
 	}
 	for field, values := range map[string][]string{
-		"name": {strings.Repeat("é", 100), `<b>&"\`, "李", " Ada\u00a0Lovelace ", "👩\u200d💻", "نیم\u200cفاصله"},
-		"email": {"a..b@docomo.example", "o'brien+tag@sub.example.com", "ÄÖ@exämple.com", " A.B@C\n", "İnfo@example.com",
-			strings.Repeat("a", 242) + "@example.com"},
+		"name": {strings.Repeat("é", 100), `<b>&"\`, "李", " Ada\u00a0Lovelace ", "👩\u200d💻",
+			"نیم\u200cفاصله"},
+		"email": {"a..b@docomo.example", "o'brien+tag@sub.example.com", "ÄÖ@exämple.com", " A.B@C\n",
+			"İnfo@example.com", strings.Repeat("a", 242) + "@example.com"},
 		"password": {strings.Repeat("p", 72), strings.Repeat("é", 36), "        ", "pass\nwör", `"\\\\\\"`},
 	} {
 		for _, value := range values {
@@ -2080,7 +2088,8 @@ func TestBodiesThatAreAccepted(t *testing.T) {
 		var got registration
 		json.Unmarshal([]byte(a.body), &got)
 		wantEmail := strings.TrimSpace(form.Email.(string))
-		if a.status != 201 || got.User.Name != strings.TrimSpace(form.Name.(string)) || got.User.Email != wantEmail {
+		if a.status != 201 || got.User.Name != strings.TrimSpace(form.Name.(string)) ||
+			got.User.Email != wantEmail {
 			t.Errorf("POST /user %.90s %s: status %d, want 201, trimmed: %s", body, header, a.status, a.body)
 		}
 		if status := s.status("POST", "/user/signin", body); status != 200 {
@@ -2167,9 +2176,10 @@ func TestOfSeveralCookiesTheFirstThatIsAUUIDCounts(t *testing.T) {
 		{200, 1}: {cookie(id), cookie(`"` + id + `"`), cookie("junk; a=b;  session-id=" + id),
 			cookie(id + "; session-id=" + newUUID()), cookie("junk") + "\nCookie: x=y\n" + cookie(id)},
 		{401, 1}: {cookie(newUUID() + "; session-id=" + id)},
-		{401, 0}: {"Accept: */*", "Cookie: Session-Id=" + id + "; xsession-id=" + id, cookie(""), cookie("*"), cookie(id[:35]),
-			cookie(id + "0"), cookie("{" + id[1:]), cookie(strings.Replace(id, "-", "0", 1)), cookie(id[:35] + "g"),
-			cookie(`"` + id), cookie("../../etc/passwd"), cookie(strings.Repeat("a", 8000))},
+		{401, 0}: {"Accept: */*", "Cookie: Session-Id=" + id + "; xsession-id=" + id, cookie(""), cookie("*"),
+			cookie(id[:35]), cookie(id + "0"), cookie("{" + id[1:]), cookie(strings.Replace(id, "-", "0", 1)),
+			cookie(id[:35] + "g"), cookie(`"` + id), cookie("../../etc/passwd"),
+			cookie(strings.Repeat("a", 8000))},
 	} {
 		for _, header := range headers {
 			for route, status := range map[string]int{"GET /user": want.status, "DELETE /user/session": 204} {
@@ -2194,20 +2204,23 @@ func TestRoutes(t *testing.T) {
 		"GET / 404": "", "POST / 404": "", "GET /users 404": "", "GET /user// 404": "", "GET //user 404": "",
 		"GET /%75ser 404": "", "GET /user%2F 404": "", "GET /user/../healthz 404": "", "GET /./user 404": "",
 		"GET /user/session/x 404": "", "CONNECT /x 404": "", "GET /debug/vars 404": "",
-		"GET /User 401": "", "GET /user/ 401": "", "GET /USER/?x=1 401": "", "HEAD /user 401": "",
-		"POST /USER/SIGNIN/ 415": "", "DELETE /User/Session/ 204": "", "GET /Healthz/ 200": "", "HEAD /healthz 200": "",
-		"PUT /user 405": userMethods, "DELETE /User/ 405": userMethods, "OPTIONS /user 405": userMethods,
+		"HEAD /healthz 200": "", "GET /User 401": "", "GET /user/ 401": "", "GET /USER/?x=1 401": "",
+		"HEAD /user 401": "", "POST /USER/SIGNIN/ 415": "", "DELETE /User/Session/ 204": "",
+		"GET /Healthz/ 200": "",
+		"PUT /user 405":     userMethods, "DELETE /User/ 405": userMethods, "OPTIONS /user 405": userMethods,
 		"GET /user/signin 405": "POST", "GET /user/session 405": "DELETE", "HEAD /user/session 405": "DELETE",
 		"POST /healthz 405": "GET, HEAD", "BREW /healthz 405": "GET, HEAD",
 	} {
 		part := strings.Fields(route)
 		a := s.ask(part[0], part[1], "")
-		if got := fmt.Sprint(part[0], " ", part[1], " ", a.status); got != route || a.header.Get("Allow") != allow {
+		if got := fmt.Sprint(part[0], " ", part[1], " ", a.status); got != route ||
+			a.header.Get("Allow") != allow {
 			t.Errorf("got %s, Allow %q, want %s, %q", got, a.header.Get("Allow"), route, allow)
 		}
 	}
 	for target, want := range map[string]int{
-		"OPTIONS *": 404, "GET http://x": 404, "GET http://x/nowhere": 404, "GET http://x/Healthz": 200, "CONNECT x:1": 404,
+		"OPTIONS *": 404, "GET http://x": 404, "GET http://x/nowhere": 404, "GET http://x/Healthz": 200,
+		"CONNECT x:1": 404,
 	} {
 		conn := s.dialRaw()
 		io.WriteString(conn, target+" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -2283,7 +2296,8 @@ func TestBrowsersOnOtherSitesAreRefused(t *testing.T) {
 			method, path, _ := strings.Cut(route, " ")
 			a := s.ask(method, path, "", header, cookie(id))
 			if (a.status == 403) != refused || refused && !strings.Contains(a.body, "Host") {
-				t.Errorf("%s %s: status %d, want 403 that names Host: %t: %s", route, header, a.status, refused, a.body)
+				t.Errorf("%s %s: status %d, want 403 that names Host: %t: %s", route, header, a.status,
+					refused, a.body)
 			}
 		}
 		s.want(map[bool]int{true: 200, false: 401}[refused], id)
@@ -2615,7 +2629,7 @@ func TestEachLimitInVirtualTime(t *testing.T) {
 			{n: 9, client: one, email: ada, admitted: 9},
 			{n: 1, client: one, email: ada, password: password, admitted: 1, status: 200},
 		}, 11), tries{n: 2, client: one, email: ada, admitted: 1})},
-		{"one email from everywhere: 100, then ten a minute, but not where it has signed in or registered", []tries{
+		{"one email from everywhere: 100, then ten a minute, but not where it has signed in", []tries{
 			{n: 1, client: one, email: " ADA@example.com ", password: password, admitted: 1, status: 200},
 			{n: 99, client: far, email: ada, admitted: 99},
 			{n: 1, client: one, email: ada, password: password, admitted: 1, status: 200}, // clears not this
@@ -2623,7 +2637,8 @@ func TestEachLimitInVirtualTime(t *testing.T) {
 			{n: 1, client: away, email: ada, password: password},
 			{n: 11, client: one, email: ada, admitted: 10},
 			{after: minute, n: 13, client: away, email: ada, admitted: 10},
-			{n: 1, client: one, route: registerRoute, email: " New@X.com", password: password, admitted: 1, status: 201},
+			{n: 1, client: one, route: registerRoute, email: " New@X.com", password: password, admitted: 1,
+				status: 201},
 			{n: 101, client: far, email: "new@x.com", admitted: 100},
 			{n: 1, client: one, email: "new@x.com", password: password, admitted: 1, status: 200},
 			{n: 1, client: away, email: "new@x.com", password: password},
@@ -2631,15 +2646,18 @@ func TestEachLimitInVirtualTime(t *testing.T) {
 		{"one network: 100 failures and registrations, then ten a minute", []tries{
 			{n: 90, client: one, email: "#@example.com", admitted: 90},
 			{n: 3, client: one, email: ada, password: password, admitted: 3, status: 200},
-			{n: 5, client: one, route: registerRoute, email: "#@x.com", password: password, admitted: 5, status: 201},
-			{n: 20, client: one, route: registerRoute, email: "#@x.com", password: "x", admitted: 20, status: 400},
+			{n: 5, client: one, route: registerRoute, email: "#@x.com", password: password, admitted: 5,
+				status: 201},
+			{n: 20, client: one, route: registerRoute, email: "#@x.com", password: "x", admitted: 20,
+				status: 400},
 			{n: 20, client: one, email: "", admitted: 20, status: 400},
-			{n: 7, client: one, route: registerRoute, email: ada, password: password, admitted: 5, status: 409},
+			{n: 7, client: one, route: registerRoute, email: ada, password: password, admitted: 5,
+				status: 409},
 			{n: 1, client: one, email: ada, password: password},
 			{n: 1, client: far, email: ada, password: password, admitted: 1, status: 200},
 			{after: minute, n: 12, client: one, email: "#@example.com", admitted: 10},
 		}},
-		{"a private client that a proxy named, a public one that none did, and peers spared the third limit", []tries{
+		{"private clients of a proxy, public peers, and private peers, spared the third limit", []tries{
 			{n: 102, client: "10.1.2.3", email: "#@example.com", admitted: 100},
 			{n: 102, client: "peer 203.0.113.9", email: "#@example.com", admitted: 100},
 			{n: 101, client: "peer 10.1.2.4", email: "#@example.com", admitted: 101},
@@ -2666,7 +2684,8 @@ func (s *insider) wantLimit(steps []tries) {
 		number++
 		route := cmp.Or(step.route, signInRoute)
 		email := numbered(step.email, number)
-		a := s.request(s.Context(), numbered(step.client, number), route, email, cmp.Or(step.password, wrongPassword))
+		a := s.request(s.Context(), numbered(step.client, number), route, email,
+			cmp.Or(step.password, wrongPassword))
 		if a.status == 200 || a.status == 401 {
 			compared++
 		}
@@ -2712,8 +2731,10 @@ func TestTriesAtTheSameMomentWaitForEachOther(t *testing.T) {
 		{"6 after 9 failures", 9, adaEmail, 6, signInRoute, adaEmail, password, map[int]int{200: 6}},
 		{"64 after 9 failures", 9, adaEmail, 64, signInRoute, adaEmail, password, map[int]int{200: 64}},
 		{"16 guesses", 0, "", 16, signInRoute, adaEmail, wrongPassword, map[int]int{401: 10, 429: 6}},
-		{"new emails", 90, "#@x.com", 64, signInRoute, "#@y.com", wrongPassword, map[int]int{401: 10, 429: 54}},
-		{"new accounts", 90, "#@x.com", 64, registerRoute, "#@y.com", password, map[int]int{201: 10, 429: 54}},
+		{"new emails", 90, "#@x.com", 64, signInRoute, "#@y.com", wrongPassword,
+			map[int]int{401: 10, 429: 54}},
+		{"new accounts", 90, "#@x.com", 64, registerRoute, "#@y.com", password,
+			map[int]int{201: 10, 429: 54}},
 		{"one account", 98, "#@x.com", 64, registerRoute, "x@y.com", password,
 			map[int]int{201: 1, 409: 1, 429: 62}},
 	} {
@@ -2862,7 +2883,8 @@ func TestTheGateRemembersLittle(t *testing.T) { // not in parallel: it measures 
 func TestTheQueueForBcryptIsBounded(t *testing.T) {
 	t.Parallel()
 	virtually(t, "2 slots", 2, func(s *insider) {
-		const atOnce, left, inTime = "Retry-After 10, after 0s", "Retry-After 2, after 0s", "Retry-After 10, after 5s"
+		const atOnce, left, inTime = "Retry-After 10, after 0s", "Retry-After 2, after 0s",
+			"Retry-After 10, after 5s"
 		slots := []func(){takeSlot(s, s.server), takeSlot(s, s.server)}
 		var mu sync.Mutex
 		refused := map[string]int{}
@@ -2874,7 +2896,8 @@ func TestTheQueueForBcryptIsBounded(t *testing.T) {
 					a := s.request(ctx, networks[i%len(networks)]+"::1", route, newEmail(), wrongPassword)
 					mu.Lock()
 					defer mu.Unlock()
-					refused[fmt.Sprintf("Retry-After %s, after %v", a.header.Get("Retry-After"), time.Since(begin))]++
+					refused[fmt.Sprintf("Retry-After %s, after %v", a.header.Get("Retry-After"),
+						time.Since(begin))]++
 				}()
 			}
 		}
@@ -2888,11 +2911,13 @@ func TestTheQueueForBcryptIsBounded(t *testing.T) {
 			refused map[string]int
 		}{
 			{"70 of one network", func() { ask(ctx, 70, "1:1:1:1") }, 64, map[string]int{atOnce: 6}},
-			{"70 of each of three others", func() { ask(s.Context(), 70, others...) }, 256, map[string]int{atOnce: 24}},
+			{"70 of each of three others", func() { ask(s.Context(), 70, others...) }, 256,
+				map[string]int{atOnce: 24}},
 			{"a fifth", fifth, 256, map[string]int{atOnce: 25}},
 			{"the first one's clients leave", hangUp, 192, map[string]int{atOnce: 25, left: 64}},
 			{"the fifth again", fifth, 193, map[string]int{atOnce: 25, left: 64}},
-			{"patience is over", func() { time.Sleep(queueTimeout) }, 0, map[string]int{atOnce: 25, left: 64, inTime: 193}},
+			{"patience is over", func() { time.Sleep(queueTimeout) }, 0,
+				map[string]int{atOnce: 25, left: 64, inTime: 193}},
 		} {
 			tt.do()
 			synctest.Wait()
@@ -3070,7 +3095,8 @@ func TestWhatClientsRepeatIsLoggedOnceASecond(t *testing.T) {
 			}
 			lines := s.log.lines(tt.msg)
 			if n := eventsOf(lines); n != 101 || len(lines) != 9 || lines[8]["client"] != tt.client {
-				s.Errorf("%d lines stand for %v events of client %v, want 9 for 101:\n%s", len(lines), n, tt.client, s.log)
+				s.Errorf("%d lines stand for %v events of client %v, want 9 for 101:\n%s", len(lines), n,
+					tt.client, s.log)
 			}
 		})
 	}
@@ -3137,7 +3163,8 @@ func TestClientAddress(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := newServer(cfg.server, nil, nil, slog.New(slog.DiscardHandler))
-		got := s.clientOf(&http.Request{RemoteAddr: tt.peer, Header: http.Header{"X-Forwarded-For": tt.forwarded}})
+		got := s.clientOf(&http.Request{RemoteAddr: tt.peer,
+			Header: http.Header{"X-Forwarded-For": tt.forwarded}})
 		if got.addr.String() != tt.want || got.named != tt.named {
 			t.Errorf("peer %s, X-Forwarded-For %q, trusted %q: %s, named %v, want %s, %v",
 				tt.peer, tt.forwarded, tt.proxies, got.addr, got.named, tt.want, tt.named)
@@ -3167,7 +3194,8 @@ func TestAProxyThatNobodyTrustsIsWarnedOfOnce(t *testing.T) {
 		} {
 			s.request(t.Context(), tt.client, tt.route, newEmail(), wrongPassword, cookie(session), tt.header)
 			if n := strings.Count(s.log.String(), `"level":"WARN"`); n != tt.warnings {
-				t.Errorf("after %s of %s: %d warnings, want %d:\n%s", tt.route, tt.client, n, tt.warnings, s.log)
+				t.Errorf("after %s of %s: %d warnings, want %d:\n%s", tt.route, tt.client, n, tt.warnings,
+					s.log)
 			}
 		}
 		_, line, _ := strings.Cut(s.log.String(), `"level":"WARN"`)
@@ -6187,7 +6215,8 @@ func TestClientsThatMisbehave(t *testing.T) {
 		{get + "Cookie: session-id=\x00\xff\r\n\r\n", []int{400, 401}},
 		{get + "X : x\r\n\r\n", []int{400}},
 		{post + "Content-Length: 4\r\nContent-Length: 5\r\n\r\n{}  x", []int{400}},
-		{post + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get + "\r\n", []int{400, 501}},
+		{post + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get + "\r\n",
+			[]int{400, 501}},
 		{post + "Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", []int{400, 501}},
 	} {
 		c := s.dialRaw()
@@ -6231,8 +6260,9 @@ func TestRollingOutLosesNoRequest(t *testing.T) {
 				req, _ := http.NewRequest("GET", s.url+"/user", nil)
 				req.Header.Set("Cookie", cookieName+"="+id)
 				resp, err := client.Do(req)
-				if err != nil || resp.StatusCode != 200 { // no answer before said that it is the connection's last
-					t.Errorf("GET /user on an open connection, %d answered before: %v, %v", answered.Load(), resp, err)
+				if err != nil || resp.StatusCode != 200 { // and no answer said that it is the last one
+					t.Errorf("GET /user on an open connection, %d answered before: %v, %v", answered.Load(),
+						resp, err)
 					go s.stop()
 					return
 				}
@@ -6264,7 +6294,8 @@ func skipLong(t *testing.T, texts ...string) {
 
 func FuzzRegistration(f *testing.F) {
 	for _, text := range []string{ // as they stand in JSON
-		`ada@example.com`, ` Łukasz@DOCOMO.example `, `1234567\u0000@x`, `\u200b\u3164\u2800\ufe0f`, `a@b\u202e`,
+		`ada@example.com`, ` Łukasz@DOCOMO.example `, `1234567\u0000@x`, `\u200b\u3164\u2800\ufe0f`,
+		`a@b\u202e`,
 		`1234\u3164@x`, `Ada<a@b>`, `a@b@c`, "\xff234567@x", strings.Repeat("x", 255) + "@b", `"}, null`,
 	} {
 		f.Add(`{"name":"Ada","email":"a@b","password":"` + text + `"}`)
