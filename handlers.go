@@ -1164,6 +1164,9 @@ func (g *gate) admit() {
 	}
 	clear(g.queue[len(waiting):])
 	g.queue = waiting
+	if len(waiting) > 0 { // or who comes next would stand behind a line that was only passed over
+		g.turn = min(g.turn, waiting[0].turn)
+	}
 }
 
 // freeSlot gives back t's slot, not yet its room for a failure: for tries that go on without bcrypt.

@@ -19,6 +19,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -205,7 +206,7 @@ func parseAddr(text string) (string, error) {
 }
 
 func parsePath(text string) (string, error) {
-	if text == ":memory:" || strings.HasPrefix(text, "file:") {
+	if filepath.Clean(text) == ":memory:" || strings.HasPrefix(text, "file:") {
 		return "", fmt.Errorf("%q is not the path of a file, such as users.db", text)
 	}
 	return text, nil
@@ -333,29 +334,25 @@ func serve(ctx context.Context, cfg config, log *slog.Logger) error {
 		"version", buildVersion())
 	var trial sync.WaitGroup
 	defer trial.Wait() // some seconds at most; cut short, it would leave a session
-	trial.Go(func() { trySession(context.WithoutCancel(ctx), sessions, log) })
+	trial.Go(func() { trySession(context.WithoutCancel(ctx), s, log) })
 	return serveHTTP(ctx, &listener{Listener: tcp, repeats: s.repeats}, s, cfg.stopDelay, log)
 }
 
-// trySession makes, reads and deletes a session, and logs what the store refuses: one that answers may yet
-// take no writes. The service serves all the same.
-func trySession(ctx context.Context, sessions SessionStore, log *slog.Logger) {
+// trySession makes, reads and deletes a session, and has it logged if the store is away or refuses: one that
+// answers may yet take no writes. The service serves all the same.
+func trySession(ctx context.Context, s *server, log *slog.Logger) {
 	id := newUUID()
 	now, _ := formatTime(time.Now())
-	err := sessions.Create(ctx, id, User{ID: id, CreatedAt: now, UpdatedAt: now}, time.Minute)
+	err := s.sessions.Create(ctx, id, User{ID: id, CreatedAt: now, UpdatedAt: now}, time.Minute)
 	if err == nil {
-		_, err = sessions.Get(ctx, id)
+		_, err = s.sessions.Get(ctx, id)
 	}
 	if err == nil {
-		err = sessions.Delete(ctx, id)
+		err = s.sessions.Delete(ctx, id)
 	}
-	switch {
-	case err == nil, errors.Is(err, errNoSession): // the first of two Deletes may have deleted it
+	err = s.sessionWatch.see(ctx, err)
+	if err == nil || errors.Is(err, errNoSession) { // the first of two Deletes may have deleted it
 		log.Debug("session store takes sessions")
-	case errors.Is(err, errRefused):
-		log.Error("session store refuses a trial session, answering 503 to what it refuses", "err", err)
-	default:
-		log.Error("session store out of reach, answering 503 until it is back", "err", err)
 	}
 }
 

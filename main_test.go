@@ -1425,17 +1425,15 @@ func TestLinesThatCannotBeWrittenAreCountedAndNobodyWaitsForThem(t *testing.T) {
 }
 
 func TestTheStartTriesASessionAndLeavesNone(t *testing.T) {
-	const refused = "session store refuses a trial session, answering 503 to what it refuses"
-	const away = "session store out of reach, answering 503 until it is back"
 	for _, method := range []string{"Create", "Get", "Delete"} {
 		for cause, want := range map[error]string{
-			&refusedError{server: "redis:6379", text: "NOPERM"}: refused,
-			errUnavailable: away,
+			&refusedError{server: "redis:6379", text: "NOPERM"}: "store refuses",
+			errUnavailable: "store out of reach",
 		} {
-			sessions := newFailingSessions(failing(method, cause))
 			log := &logBuffer{}
-			trySession(t.Context(), sessions, slog.New(slog.NewJSONHandler(log, nil)))
-			if log.find(t, want)["err"] != cause.Error() {
+			s := testServer(openTestDatabase(t), newFailingSessions(failing(method, cause)), log)
+			trySession(t.Context(), s, s.log)
+			if line := log.find(t, want); line["err"] != cause.Error() || line["store"] != "sessions" {
 				t.Errorf("%s fails: logs %s, want the cause", method, log)
 			}
 		}
@@ -1462,7 +1460,7 @@ func TestASilentRedisDelaysNeitherTheStartNorTheEnd(t *testing.T) {
 	}
 	s.stop()
 	log := s.log.String()
-	listening, trouble := strings.Index(log, `"listening"`), strings.Index(log, `"session store out of reach`)
+	listening, trouble := strings.Index(log, `"listening"`), strings.Index(log, `"store out of reach`)
 	if trouble < listening {
 		t.Errorf("want a line that it listens, and then one of the trial that failed:\n%s", log)
 	}
@@ -3017,6 +3015,47 @@ func TestEverNewNetworksPassNobodyBy(t *testing.T) {
 		asked.Wait()
 		if slices.Contains(order[15:], oneAddr) {
 			t.Errorf("after 15 some of the first network's five still wait: %v", order)
+		}
+	})
+}
+
+// A line whose first tries wait for room is passed by its last one: others do not stand behind all of it then.
+func TestALineThatWasPassedOverHoldsNobodyUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate(2)
+		ended, ahead := 0, 0
+		var asked sync.WaitGroup
+		ask := func(account, addr string, takes time.Duration, end func(*try)) {
+			asked.Go(func() {
+				try := g.newSignIn(account, clientAt(addr))
+				if err := try.enter(t.Context()); err != nil {
+					t.Errorf("%s: %v", account, err)
+					return
+				}
+				if addr != oneAddr {
+					ahead = ended
+				}
+				time.Sleep(takes)
+				ended++
+				end(try)
+			})
+			synctest.Wait()
+		}
+		for range 9 { // which leave room for one try at a time
+			ask("id his own", oneAddr, 0, (*try).fail)
+			asked.Wait()
+		}
+		ended = 0
+		ask("email other", oneAddr, time.Millisecond, (*try).fail) // in the second slot, for a moment
+		for range maxLine - 1 {
+			ask("id his own", oneAddr, 10*time.Millisecond, (*try).succeed)
+		}
+		ask("email last", oneAddr, 10*time.Millisecond, (*try).fail)
+		time.Sleep(2 * time.Millisecond) // the last one has the slot
+		ask("id somebody's", "203.0.113.99", 0, (*try).succeed)
+		asked.Wait()
+		if ahead > 4 {
+			t.Errorf("%d of one network came before another's try, want about one a slot", ahead)
 		}
 	})
 }
@@ -4907,8 +4946,8 @@ func TestASignInIsAnsweredInTimeWhenTheOldSessionCannotBeEnded(t *testing.T) {
 
 func TestStartWithoutAWillingRedis(t *testing.T) {
 	t.Parallel()
-	const refuses = "session store refuses a trial session, answering 503 to what it refuses"
-	const away = "session store out of reach, answering 503 until it is back"
+	const refuses = "store refuses"
+	const away = "store out of reach"
 	without := func(right string) []string {
 		return []string{"--user", "default", "on", "nopass", "~*", "+@all", right}
 	}
@@ -4955,6 +4994,10 @@ func TestStartWithoutAWillingRedis(t *testing.T) {
 				r.launch(t)
 				s.wantBack(200, "/healthz")
 				s.want(200, s.signIn(email))
+				eventually(t, 10*time.Second, "the store is said to be back", func() bool {
+					s.status("GET", "/healthz", "")
+					return len(s.log.lines("store is back")) == 1
+				})
 			}
 		})
 	}
@@ -6083,6 +6126,40 @@ func (f fileFault) testRestart(s *service, backend string, exists map[string]boo
 	next.holds(&accounts)
 	next.stop()
 	next.holds(&accounts)
+}
+
+func TestAFileThatComesBackIsNotTakenForTheOneThatWasLeft(t *testing.T) {
+	t.Parallel()
+	s := start(t)
+	s.expectErrors()
+	user, id := s.register(newEmail())
+	for _, name := range [][2]string{{"", ".away"}, {".away", ""}} {
+		if err := os.Rename(s.dbPath+name[0], s.dbPath+name[1]); err != nil {
+			t.Fatal(err)
+		}
+		s.want(503, id)
+		for route, body := range map[string]string{
+			"GET /healthz": "", "POST /user/signin": credentials(user.Email, password),
+		} {
+			method, path, _ := strings.Cut(route, " ")
+			if status := s.status(method, path, body); status != 503 {
+				t.Errorf("%s: status %d, want 503 until a restart", route, status)
+			}
+		}
+	}
+}
+
+func TestAPasswordThatIsNullOpensNothing(t *testing.T) {
+	t.Parallel()
+	file := originalFile(t, strings.ReplaceAll(originalDDL, `TEXT NOT NULL,`, `TEXT,`))
+	file.exec(`INSERT INTO users (id, email, createdAt, updateAt) VALUES ('7', 'null@example.com', 0, 0)`)
+	s := start(t, "DB_PATH="+file.dbPath)
+	if status := s.status("POST", "/user/signin", credentials("null@example.com", password)); status != 401 {
+		t.Errorf("POST /user/signin: status %d, want 401", status)
+	}
+	if user := s.log.find(t, "password hash not usable")["user"]; user != "7" {
+		t.Errorf("the log names %v, want 7", user)
+	}
 }
 
 func TestAWriteIntoAFileThatIsGoneByItsEndFails(t *testing.T) {

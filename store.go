@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"modernc.org/sqlite"
@@ -46,7 +47,8 @@ type database struct {
 	writer  *sql.DB       // one connection, as SQLite allows one writer
 	reader  *sql.DB       // several, which in WAL mode never wait for the writer
 	reading chan struct{} // an element for each read in progress
-	abandon func() error  // foldBack, once
+	abandon sync.Once
+	gone    atomic.Pointer[error] // set once the file is not the one that was opened
 
 	userByEmail      *sql.Stmt
 	usersByEmailCase *sql.Stmt
@@ -69,7 +71,11 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 	if err != nil {
 		return nil, explain(path, err)
 	}
+	info, err := file.Stat()
 	file.Close()
+	if err != nil {
+		return nil, err
+	}
 	target, err := filepath.EvalSymlinks(path) // the log stands beside it
 	if err != nil {
 		return nil, err
@@ -82,10 +88,10 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 		"&_pragma=temp_store(MEMORY)&_txlock=immediate&_dqs=0"
 	defer holdLog(target+"-wal", name)()
 	if err := setUp(ctx, name); err != nil {
-		return nil, explain(path, err)
+		return nil, explain(target, err)
 	}
 	db := &database{path: path, reading: make(chan struct{}, runtime.NumCPU()+1)}
-	db.abandon = sync.OnceValue(db.foldBack)
+	db.opened = []openedFile{{path, info}}
 	name += "&_pragma=busy_timeout(1500)"
 	if db.writer, err = openPool(name, 1); err != nil {
 		return nil, err
@@ -94,17 +100,9 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 		db.writer.Close()
 		return nil, err
 	}
-	err = db.prepare()
-	if err == nil {
-		err = db.openReaders()
-	}
-	if err == nil {
-		err = db.remember(path, target+"-wal")
-	}
-	if err != nil {
-		db.reader.Close()
-		db.writer.Close()
-		return nil, explain(path, err)
+	if err := db.open(target + "-wal"); err != nil {
+		db.Close()
+		return nil, explain(target, err)
 	}
 	return db, nil
 }
@@ -115,16 +113,29 @@ type openedFile struct {
 	info os.FileInfo
 }
 
-// remember notes the files that stand at these paths.
-func (db *database) remember(paths ...string) error {
-	for _, path := range paths {
-		info, err := os.Stat(path)
+// open opens all connections and prepares all statements. One that was opened later, when another file stands
+// at the path, would read that file through the write-ahead log of the first.
+func (db *database) open(log string) error {
+	if err := db.prepare(); err != nil {
+		return err
+	}
+	info, err := os.Stat(log)
+	if err != nil {
+		return err
+	}
+	db.opened = append(db.opened, openedFile{log, info})
+	for range cap(db.reading) {
+		conn, err := db.reader.Conn(context.Background())
 		if err != nil {
 			return err
 		}
-		db.opened = append(db.opened, openedFile{path, info})
+		defer conn.Close()
+		row := conn.QueryRowContext(context.Background(), anyUser) // opens the log
+		if err := row.Scan(new(bool)); err != nil {
+			return err
+		}
 	}
-	return nil
+	return db.outcome("opening", nil)
 }
 
 // openPool returns a pool that keeps its connections, once they are open.
@@ -254,9 +265,9 @@ const (
 )
 
 func (db *database) prepare() error {
-	// A date that is NULL or cannot be read keeps nobody out (userTimes).
-	const user = `SELECT id, name, email, COALESCE(CAST(createdAt AS TEXT), ''),
-		COALESCE(CAST(updateAt AS TEXT), ''), password FROM users `
+	// A date that is NULL or cannot be read keeps nobody out (userTimes); a password that is NULL is no hash.
+	const user = `SELECT id, COALESCE(name, ''), email, COALESCE(CAST(createdAt AS TEXT), ''),
+		COALESCE(CAST(updateAt AS TEXT), ''), COALESCE(password, '') FROM users `
 	for _, p := range []struct {
 		stmt  **sql.Stmt
 		pool  *sql.DB
@@ -280,22 +291,6 @@ func (db *database) prepare() error {
 		var err error
 		if *p.stmt, err = p.pool.Prepare(p.query); err != nil {
 			return fmt.Errorf("preparing %s: %w", p.query, err)
-		}
-	}
-	return nil
-}
-
-// openReaders opens all reading connections. One opened later, when another file stands at the path, would
-// read that file through the write-ahead log of the first.
-func (db *database) openReaders() error {
-	for range cap(db.reading) {
-		conn, err := db.reader.Conn(context.Background())
-		if err != nil {
-			return err
-		}
-		defer conn.Close()
-		if err := conn.QueryRowContext(context.Background(), anyUser).Scan(new(bool)); err != nil { // opens the log
-			return err
 		}
 	}
 	return nil
@@ -371,6 +366,9 @@ func (db *database) UserByEmail(ctx context.Context, typed string) (User, string
 
 // userInAnyCase returns errUserNotFound unless exactly one account has the email in some case.
 func (db *database) userInAnyCase(email string) (user User, passwordHash string, err error) {
+	if strings.Contains(email, "\x00") {
+		return User{}, "", errUserNotFound // NOCASE compares no further
+	}
 	rows, err := db.usersByEmailCase.Query(email)
 	if err != nil {
 		return User{}, "", err
@@ -477,12 +475,16 @@ func (db *database) transact(ctx context.Context, do change) error {
 // Otherwise it returns an errUnavailable, whatever err is: nobody finds again what went into the old ones. It
 // stands at the end of each operation, so that a file replaced meanwhile is noticed too.
 func (db *database) outcome(doing string, err error) error {
+	if gone := db.gone.Load(); gone != nil {
+		return fmt.Errorf("%s: %w", doing, *gone)
+	}
 	for _, file := range db.opened {
 		now, statErr := os.Stat(file.path)
 		switch {
 		case statErr == nil && os.SameFile(now, file.info):
 		case statErr == nil, errors.Is(statErr, fs.ErrNotExist):
-			return fmt.Errorf("%s: %w", doing, db.abandon())
+			db.abandon.Do(db.foldBack)
+			return fmt.Errorf("%s: %w", doing, *db.gone.Load())
 		default:
 			return fmt.Errorf("%s: %w: %w", doing, errUnavailable, statErr)
 		}
@@ -490,17 +492,18 @@ func (db *database) outcome(doing string, err error) error {
 	return storeError(doing, err)
 }
 
-// foldBack folds the write-ahead log into the file that was opened, closes all connections and returns the
-// error that says so. SQLite would leave the log where it is, and whoever next opens the file that now stands
-// at the path would play it into that one. (https://www.sqlite.org/howtocorrupt.html, section 1.4)
-func (db *database) foldBack() error {
+// foldBack folds the write-ahead log into the file that was opened, closes all connections and notes the error
+// that says so. SQLite would leave the log where it is, and whoever next opens the file that now stands at the
+// path would play it into that one. (https://www.sqlite.org/howtocorrupt.html, section 1.4)
+func (db *database) foldBack() {
 	ctx, cancel := context.WithTimeout(context.Background(), writeTimeout)
 	defer cancel()
 	db.reader.Close()
 	_, err := db.writer.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`)
-	return errors.Join(
+	err = errors.Join(
 		fmt.Errorf("%w: the file at DB_PATH=%q, or its -wal, was deleted or replaced: restart the service",
 			errUnavailable, db.path), err, db.writer.Close())
+	db.gone.Store(&err)
 }
 
 // storeError adds what failed, and maps the errors of database/sql and SQLite to this program's:
