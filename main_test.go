@@ -3835,6 +3835,42 @@ func TestAReplyThatNobodyAskedForEndsTheConnection(t *testing.T) {
 	}
 }
 
+func TestCloseTellsWhatWaits(t *testing.T) {
+	t.Parallel()
+	for name, mute := range map[string]bool{"for replies": false, "for a connection": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := startFakeRedis(t, func([]string) string { return "" })
+			f.mute = mute
+			store := openRedisSessions(t, f.url())
+			var waiting sync.WaitGroup
+			for range 10 {
+				waiting.Go(func() {
+					_, err := store.Get(t.Context(), newUUID())
+					if !errors.Is(err, errUnavailable) || !mute && !errors.Is(err, errClosed) {
+						t.Errorf("Get: %v, want errClosed", err)
+					}
+				})
+			}
+			eventually(t, 10*time.Second, "the lookups wait", func() bool {
+				dialed, _ := f.connections()
+				return dialed == 1 && (mute || f.seen("HGETALL") == 10)
+			})
+			store.Close()
+			waiting.Wait()
+			for what, call := range storeCalls {
+				if err := call(store, newUUID()); !errors.Is(err, errClosed) || !errors.Is(err, errUnavailable) {
+					t.Errorf("%s after Close: %v, want errClosed", what, err)
+				}
+			}
+			eventually(t, 10*time.Second, "no connection is left", func() bool {
+				dialed, open := f.connections()
+				return dialed == 1 && open == 0
+			})
+		})
+	}
+}
+
 func TestNothingThatTimedOutIsSentAgain(t *testing.T) {
 	t.Parallel()
 	f := startFakeRedis(t, func([]string) string { return "" })
@@ -6159,6 +6195,33 @@ func TestAPasswordThatIsNullOpensNothing(t *testing.T) {
 	}
 	if user := s.log.find(t, "password hash not usable")["user"]; user != "7" {
 		t.Errorf("the log names %v, want 7", user)
+	}
+}
+
+func TestNoStatementReadsAWholeTable(t *testing.T) {
+	t.Parallel()
+	db := openTestDatabase(t)
+	whole := regexp.MustCompile(`SCAN (users|sessions)`)
+	fields := reflect.ValueOf(db).Elem()
+	for i := range fields.NumField() {
+		name := fields.Type().Field(i).Name
+		if fields.Field(i).Type() != reflect.TypeFor[*sql.Stmt]() || strings.HasPrefix(name, "any") {
+			continue // one with any ends at the first row
+		}
+		text := fields.Field(i).Elem().FieldByName("query").String() // which database/sql keeps to itself
+		rows, err := db.reader.Query("EXPLAIN QUERY PLAN "+text, make([]any, 7)...)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		for rows.Next() {
+			var step string
+			if err := rows.Scan(new(int), new(int), new(int), &step); err != nil || whole.MatchString(step) {
+				t.Errorf("%s: %s, %v", name, step, err)
+			}
+		}
+		if err := rows.Err(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
