@@ -337,115 +337,6 @@ func eventually(t testing.TB, limit time.Duration, what string, condition func()
 	}
 }
 
-// proxy stands between the service and its Redis, and does what a bad network does, or worse.
-type proxy struct {
-	addr  string
-	mu    sync.Mutex
-	conns map[net.Conn]bool
-	fault fault
-	delay time.Duration // of replies; each waits for itself
-}
-
-// fault is given a whole reply of Redis and returns what the service receives in its stead, or an error
-// to cut the connection after that.
-type fault func(reply []byte) ([]byte, error)
-
-func startProxy(t testing.TB, target string, delay time.Duration) *proxy {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := &proxy{addr: l.Addr().String(), conns: map[net.Conn]bool{}, delay: delay}
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go p.serve(c, target)
-		}
-	}()
-	t.Cleanup(func() { l.Close(); p.cut() })
-	return p
-}
-
-func (p *proxy) url() string { return "redis://" + p.addr }
-
-// set changes the fault and cuts the connections that are open.
-func (p *proxy) set(f fault) {
-	p.mu.Lock()
-	p.fault = f
-	p.mu.Unlock()
-	p.cut()
-}
-
-func (p *proxy) cut() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for c := range p.conns {
-		c.Close()
-	}
-}
-
-func (p *proxy) serve(client net.Conn, target string) {
-	defer client.Close()
-	server, err := net.Dial("tcp", target)
-	if err != nil {
-		return
-	}
-	defer server.Close()
-	p.mu.Lock()
-	p.conns[client] = true
-	p.mu.Unlock()
-	defer func() {
-		p.mu.Lock()
-		delete(p.conns, client)
-		p.mu.Unlock()
-	}()
-	go func() {
-		defer server.Close()
-		io.Copy(server, client)
-	}()
-	type delayed struct {
-		due  time.Time
-		data []byte
-	}
-	replies := make(chan delayed, 10_000)
-	var sent sync.WaitGroup
-	sent.Go(func() {
-		for r := range replies {
-			time.Sleep(time.Until(r.due))
-			client.Write(r.data)
-		}
-	})
-	defer sent.Wait()
-	defer close(replies)
-	in := bufio.NewReader(server)
-	for err == nil {
-		var reply []byte
-		reply, err = p.receive(in)
-		if len(reply) > 0 {
-			replies <- delayed{time.Now().Add(p.delay), reply}
-		}
-	}
-}
-
-// receive returns a reply of Redis, or what the fault makes of it.
-func (p *proxy) receive(in *bufio.Reader) ([]byte, error) {
-	reply, err := readReply(in)
-	if err != nil {
-		return nil, err
-	}
-	p.mu.Lock()
-	f := p.fault
-	p.mu.Unlock()
-	if f == nil {
-		return reply, nil
-	}
-	return f(reply)
-}
-
 // readReply reads one whole reply of RESP 2.
 func readReply(r *bufio.Reader) ([]byte, error) {
 	line, err := r.ReadBytes('\n')
@@ -834,8 +725,6 @@ func cookie(id string) string { return "Cookie: " + cookieName + "=" + id }
 // from is the header by which a trusted proxy names a client.
 func from(addr string) string { return "X-Forwarded-For: " + addr }
 
-const trustLocal = "TRUSTED_PROXIES=127.0.0.0/8"
-
 // register makes an account over HTTP and returns its user and session id.
 func (s *service) register(email string, header ...string) (User, string) {
 	s.Helper()
@@ -852,17 +741,6 @@ func (s *service) register(email string, header ...string) (User, string) {
 	return created.User, created.SessionID
 }
 
-// signIn signs in over HTTP and returns the session id.
-func (s *service) signIn(email string, header ...string) string {
-	s.Helper()
-	a := s.ask("POST", "/user/signin", credentials(email, password), header...)
-	if a.status != http.StatusOK || a.cookie == nil {
-		s.Fatalf("POST /user/signin: status %d, want 200 and a cookie: %s", a.status, a.body)
-	}
-	s.secret(a.cookie.Value)
-	return a.cookie.Value
-}
-
 // want asks for the session's user and checks the status.
 func (s *service) want(status int, id string) *reply {
 	s.Helper()
@@ -877,43 +755,7 @@ func (s *service) want(status int, id string) *reply {
 	return a
 }
 
-// userJSON is a user as the contract writes one.
-func userJSON(u User) string {
-	return fmt.Sprintf(`{"id":%q,"name":%q,"email":%q,"createdAt":%q,"updateAt":%q}`,
-		u.ID, u.Name, u.Email, u.CreatedAt, u.UpdatedAt)
-}
-
 const testTime = "2025-03-30T20:00:00.000Z"
-
-func testUser(i int) User {
-	return User{
-		ID:        newUUID(),
-		Name:      fmt.Sprintf("User %d", i),
-		Email:     fmt.Sprintf("user%d@example.com", i),
-		CreatedAt: testTime,
-		UpdatedAt: "2025-03-31T20:00:00.123Z",
-	}
-}
-
-// hashOf is a bcrypt hash of a password.
-func hashOf(t testing.TB, password string, cost int) string {
-	t.Helper()
-	hash, err := bcrypt.GenerateFromPassword([]byte(password), cost)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(hash)
-}
-
-// addAccount puts an account with a password hash of the given cost into the database, past the service.
-func (s *service) addAccount(email string, cost int) User {
-	s.Helper()
-	user := User{ID: newUUID(), Name: "Ada Lovelace", Email: email, CreatedAt: testTime, UpdatedAt: testTime}
-	s.exec(`INSERT INTO users (id, name, email, createdAt, updateAt, password)
-		VALUES (?, ?, ?, 1743364800000, 1743364800000, ?)`,
-		user.ID, user.Name, user.Email, hashOf(s, password, cost))
-	return user
-}
 
 // exec runs SQL on the service's database, past the service.
 func (s *service) exec(query string, args ...any) {
@@ -946,51 +788,6 @@ func openSQL(t testing.TB, path string) *sql.DB {
 	return db
 }
 
-func openTestDatabase(t testing.TB) *database {
-	t.Helper()
-	db, err := openDatabase(t.Context(), filepath.Join(t.TempDir(), "users.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { db.Close() })
-	return db
-}
-
-func openRedisSessions(t testing.TB, url string) *redisSessions {
-	t.Helper()
-	target, err := parseRedisURL(url)
-	if err != nil {
-		t.Fatalf("%s: %v", url, err)
-	}
-	s := newRedisSessions(target, slog.New(slog.DiscardHandler))
-	t.Cleanup(func() { s.Close() })
-	return s
-}
-
-// testServer is a server without a network, with bcrypt at its lowest cost.
-func testServer(db *database, sessions SessionStore, log io.Writer) *server {
-	cfg := serverConfig{
-		sessionTTL:  time.Hour,
-		bcryptCost:  bcrypt.MinCost,
-		bcryptSlots: 1,
-		compareHash: bcrypt.CompareHashAndPassword,
-	}
-	return newServer(cfg, db, sessions, slog.New(slog.NewJSONHandler(log, nil)))
-}
-
-// serveOne answers a request without a network.
-func serveOne(s *server, method, path, body string, header ...string) *httptest.ResponseRecorder {
-	r := httptest.NewRequest(method, path, strings.NewReader(body))
-	r.Header.Set("Content-Type", "application/json")
-	for _, h := range header {
-		name, value, _ := strings.Cut(h, ": ")
-		r.Header.Add(name, value)
-	}
-	w := httptest.NewRecorder()
-	s.ServeHTTP(w, r)
-	return w
-}
-
 // mapSessions is a session backend in a few lines, which shows that one can be plugged in.
 type mapSessions struct {
 	fail     func(method string) error // asked first by each method, which fails with its answer
@@ -1002,8 +799,6 @@ type mapSession struct {
 	user User
 	ends time.Time
 }
-
-func newMapSessions() *mapSessions { return newFailingSessions(func(string) error { return nil }) }
 
 func newFailingSessions(fail func(method string) error) *mapSessions {
 	return &mapSessions{fail: fail, sessions: map[string]mapSession{}}
@@ -1073,28 +868,6 @@ func each(t *testing.T, test func(t *testing.T, backend string)) {
 	t.Run("redis", func(t *testing.T) { t.Parallel(); test(t, "REDIS_URL="+redisURL(t)) })
 }
 
-// together runs n functions at the same moment.
-func together(n int, f func(i int)) {
-	var wg sync.WaitGroup
-	begin := make(chan struct{})
-	for i := range n {
-		wg.Go(func() { <-begin; f(i) })
-	}
-	close(begin)
-	wg.Wait()
-}
-
-// long: SESSION_STORAGE_LONG=1 runs the long forms of tests of chance.
-var long = os.Getenv("SESSION_STORAGE_LONG") != ""
-
-// rounds is how often a test of chance is repeated.
-func rounds(short, whenLong int) int {
-	if long {
-		return whenLong
-	}
-	return short
-}
-
 // ---------------------------------------------------------------------------------------------------
 // main.go
 
@@ -1114,6 +887,95 @@ func runWith(t *testing.T, args []string, vars ...string) (status int, stdout, s
 type writerFunc func([]byte) (int, error)
 
 func (w writerFunc) Write(p []byte) (int, error) { return w(p) }
+
+// fault is given a whole reply of Redis and returns what the service receives in its stead, or an error
+// to cut the connection after that.
+type fault func(reply []byte) ([]byte, error)
+
+// proxy stands between the service and its Redis, and does what a bad network does, or worse.
+type proxy struct {
+	addr  string
+	mu    sync.Mutex
+	conns map[net.Conn]bool
+	fault fault
+	delay time.Duration // of replies; each waits for itself
+}
+
+func (p *proxy) url() string { return "redis://" + p.addr }
+
+// set changes the fault and cuts the connections that are open.
+func (p *proxy) set(f fault) {
+	p.mu.Lock()
+	p.fault = f
+	p.mu.Unlock()
+	p.cut()
+}
+
+func (p *proxy) cut() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for c := range p.conns {
+		c.Close()
+	}
+}
+
+func (p *proxy) serve(client net.Conn, target string) {
+	defer client.Close()
+	server, err := net.Dial("tcp", target)
+	if err != nil {
+		return
+	}
+	defer server.Close()
+	p.mu.Lock()
+	p.conns[client] = true
+	p.mu.Unlock()
+	defer func() {
+		p.mu.Lock()
+		delete(p.conns, client)
+		p.mu.Unlock()
+	}()
+	go func() {
+		defer server.Close()
+		io.Copy(server, client)
+	}()
+	type delayed struct {
+		due  time.Time
+		data []byte
+	}
+	replies := make(chan delayed, 10_000)
+	var sent sync.WaitGroup
+	sent.Go(func() {
+		for r := range replies {
+			time.Sleep(time.Until(r.due))
+			client.Write(r.data)
+		}
+	})
+	defer sent.Wait()
+	defer close(replies)
+	in := bufio.NewReader(server)
+	for err == nil {
+		var reply []byte
+		reply, err = p.receive(in)
+		if len(reply) > 0 {
+			replies <- delayed{time.Now().Add(p.delay), reply}
+		}
+	}
+}
+
+// receive returns a reply of Redis, or what the fault makes of it.
+func (p *proxy) receive(in *bufio.Reader) ([]byte, error) {
+	reply, err := readReply(in)
+	if err != nil {
+		return nil, err
+	}
+	p.mu.Lock()
+	f := p.fault
+	p.mu.Unlock()
+	if f == nil {
+		return reply, nil
+	}
+	return f(reply)
+}
 
 func TestWrongConfigurationIsRefused(t *testing.T) {
 	const none = "none is allowed"
@@ -1324,6 +1186,17 @@ func TestStartSaysWhatIsInUse(t *testing.T) {
 	}
 }
 
+// signIn signs in over HTTP and returns the session id.
+func (s *service) signIn(email string, header ...string) string {
+	s.Helper()
+	a := s.ask("POST", "/user/signin", credentials(email, password), header...)
+	if a.status != http.StatusOK || a.cookie == nil {
+		s.Fatalf("POST /user/signin: status %d, want 200 and a cookie: %s", a.status, a.body)
+	}
+	s.secret(a.cookie.Value)
+	return a.cookie.Value
+}
+
 func TestWhateverBecomesOfStandardErrorTheServiceServesOnAndStops(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
@@ -1422,6 +1295,27 @@ func TestLinesThatCannotBeWrittenAreCountedAndNobodyWaitsForThem(t *testing.T) {
 			}
 		})
 	}
+}
+
+// testServer is a server without a network, with bcrypt at its lowest cost.
+func testServer(db *database, sessions SessionStore, log io.Writer) *server {
+	cfg := serverConfig{
+		sessionTTL:  time.Hour,
+		bcryptCost:  bcrypt.MinCost,
+		bcryptSlots: 1,
+		compareHash: bcrypt.CompareHashAndPassword,
+	}
+	return newServer(cfg, db, sessions, slog.New(slog.NewJSONHandler(log, nil)))
+}
+
+func openTestDatabase(t testing.TB) *database {
+	t.Helper()
+	db, err := openDatabase(t.Context(), filepath.Join(t.TempDir(), "users.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close() })
+	return db
 }
 
 func TestTheStartTriesASessionAndLeavesNone(t *testing.T) {
@@ -1613,6 +1507,29 @@ func TestTheStopIsSeenBeforeTheDoorShuts(t *testing.T) {
 	if _, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://")); err == nil {
 		t.Error("a stopped service takes connections")
 	}
+}
+
+// long: SESSION_STORAGE_LONG=1 runs the long forms of tests of chance.
+var long = os.Getenv("SESSION_STORAGE_LONG") != ""
+
+// hashOf is a bcrypt hash of a password.
+func hashOf(t testing.TB, password string, cost int) string {
+	t.Helper()
+	hash, err := bcrypt.GenerateFromPassword([]byte(password), cost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(hash)
+}
+
+// addAccount puts an account with a password hash of the given cost into the database, past the service.
+func (s *service) addAccount(email string, cost int) User {
+	s.Helper()
+	user := User{ID: newUUID(), Name: "Ada Lovelace", Email: email, CreatedAt: testTime, UpdatedAt: testTime}
+	s.exec(`INSERT INTO users (id, name, email, createdAt, updateAt, password)
+		VALUES (?, ?, ?, 1743364800000, 1743364800000, ?)`,
+		user.ID, user.Name, user.Email, hashOf(s, password, cost))
+	return user
 }
 
 func TestShutdownFinishesTheUpgradeOfAHash(t *testing.T) {
@@ -1814,6 +1731,19 @@ func TestClientsHaveTheirTime(t *testing.T) {
 	}
 }
 
+// serveOne answers a request without a network.
+func serveOne(s *server, method, path, body string, header ...string) *httptest.ResponseRecorder {
+	r := httptest.NewRequest(method, path, strings.NewReader(body))
+	r.Header.Set("Content-Type", "application/json")
+	for _, h := range header {
+		name, value, _ := strings.Cut(h, ": ")
+		r.Header.Add(name, value)
+	}
+	w := httptest.NewRecorder()
+	s.ServeHTTP(w, r)
+	return w
+}
+
 // Whether net/http watches a connection is seen by whether it takes a byte while the handler runs.
 func TestTheWatchIsSparedForLookupsAndKeptForSignIns(t *testing.T) {
 	email := newEmail()
@@ -1881,6 +1811,8 @@ func TestASignInWhoseClientLeavesCostsNoBcrypt(t *testing.T) {
 	})
 }
 
+func newMapSessions() *mapSessions { return newFailingSessions(func(string) error { return nil }) }
+
 func TestRequestsAreAnsweredInOrderHoweverTheyArrive(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dial := servePipes(t, testServer(openTestDatabase(t), newMapSessions(), io.Discard))
@@ -1918,6 +1850,12 @@ func TestAnAnswerBeforeTheBodysEndArrives(t *testing.T) {
 
 // ---------------------------------------------------------------------------------------------------
 // handlers.go: endpoints, rules, cookies, routes, errors.
+
+// userJSON is a user as the contract writes one.
+func userJSON(u User) string {
+	return fmt.Sprintf(`{"id":%q,"name":%q,"email":%q,"createdAt":%q,"updateAt":%q}`,
+		u.ID, u.Name, u.Email, u.CreatedAt, u.UpdatedAt)
+}
 
 func TestTheWholeStory(t *testing.T) {
 	each(t, func(t *testing.T, backend string) {
@@ -2096,6 +2034,17 @@ func TestBodiesThatAreAccepted(t *testing.T) {
 	}
 }
 
+// together runs n functions at the same moment.
+func together(n int, f func(i int)) {
+	var wg sync.WaitGroup
+	begin := make(chan struct{})
+	for i := range n {
+		wg.Go(func() { <-begin; f(i) })
+	}
+	close(begin)
+	wg.Wait()
+}
+
 func TestAnEmailRegistersOnce(t *testing.T) {
 	each(t, func(t *testing.T, backend string) {
 		s := start(t, backend)
@@ -2161,6 +2110,16 @@ func TestCookiesFollowTheConfiguration(t *testing.T) {
 	left := time.Until(time.UnixMilli(query[int64](s, `SELECT expires_at FROM sessions`)))
 	if left < 30*time.Second || left > 90*time.Second {
 		t.Errorf("the session ends in %v, want 90 s", left)
+	}
+}
+
+func testUser(i int) User {
+	return User{
+		ID:        newUUID(),
+		Name:      fmt.Sprintf("User %d", i),
+		Email:     fmt.Sprintf("user%d@example.com", i),
+		CreatedAt: testTime,
+		UpdatedAt: "2025-03-31T20:00:00.123Z",
 	}
 }
 
@@ -2454,6 +2413,14 @@ const (
 	registerRoute = "POST /user"
 	wrongPassword = "wrong password"
 )
+
+// rounds is how often a test of chance is repeated.
+func rounds(short, whenLong int) int {
+	if long {
+		return whenLong
+	}
+	return short
+}
 
 // bcryptWatch is bcrypt's comparison, and tells what it really did.
 type bcryptWatch struct {
@@ -3149,6 +3116,8 @@ func eventsOf(lines []map[string]any) (n float64) {
 	return n
 }
 
+const trustLocal = "TRUSTED_PROXIES=127.0.0.0/8"
+
 func TestGuessingOverHTTPLeavesOpenSessions(t *testing.T) {
 	t.Parallel()
 	s := start(t, trustLocal)
@@ -3404,6 +3373,17 @@ func TestWhatAClientThatLeftAskedForLeavesNoHalves(t *testing.T) {
 
 // ---------------------------------------------------------------------------------------------------
 // session.go: what every session backend promises.
+
+func openRedisSessions(t testing.TB, url string) *redisSessions {
+	t.Helper()
+	target, err := parseRedisURL(url)
+	if err != nil {
+		t.Fatalf("%s: %v", url, err)
+	}
+	s := newRedisSessions(target, slog.New(slog.DiscardHandler))
+	t.Cleanup(func() { s.Close() })
+	return s
+}
 
 func TestSessionStores(t *testing.T) {
 	t.Parallel()
@@ -4742,702 +4722,6 @@ func TestRedisLogin(t *testing.T) {
 }
 
 // ---------------------------------------------------------------------------------------------------
-// Faults: Redis away, or refusing.
-
-// statuses are what requests that need the session store are answered.
-type statuses struct{ signIn, lookup, signOut, health int }
-
-var (
-	allAway       = statuses{signIn: 503, lookup: 503, signOut: 503, health: 503}
-	noWrites      = statuses{signIn: 503, lookup: 200, signOut: 503, health: 200}
-	noNewSessions = statuses{signIn: 503, lookup: 200, signOut: 204, health: 200}
-	noLookups     = statuses{signIn: 200, lookup: 503, signOut: 204, health: 200}
-	onlyEcho      = statuses{signIn: 503, lookup: 503, signOut: 503, health: 200}
-)
-
-var errCut = errors.New("cut")
-
-// redisFault strikes a Redis that sessions are in.
-type redisFault struct {
-	name    string
-	want    statuses
-	cause   string // in the log, where Redis refuses
-	options []string
-	fail    func(testing.TB, *redisServer)
-	heal    func(testing.TB, *redisServer)
-}
-
-func TestRedisFaults(t *testing.T) {
-	t.Parallel()
-	do := func(command string, args ...any) func(testing.TB, *redisServer) {
-		return func(t testing.TB, r *redisServer) { r.do(t, command, args...) }
-	}
-	send := func(signal string) func(testing.TB, *redisServer) {
-		return func(_ testing.TB, r *redisServer) { r.signal(signal) }
-	}
-	kill := func(_ testing.TB, r *redisServer) { r.kill() }
-	launch := func(t testing.TB, r *redisServer) { r.launch(t) }
-	replicate := do("REPLICAOF", "127.0.0.1", freePort())
-	promote := do("REPLICAOF", "NO", "ONE")
-	cannotSave := func(t testing.TB, r *redisServer) {
-		if err := r.host.command("mkdir", r.host.dir+"/"+r.port+".rdb").Run(); err != nil {
-			t.Fatal(err)
-		}
-		r.do(t, "CONFIG", "SET", "save", "3600 1")
-		r.do(t, "BGSAVE")
-		eventually(t, 20*time.Second, "Redis cannot save", func() bool {
-			info, _ := redis.String(r.do(t, "INFO", "persistence"), nil)
-			return strings.Contains(info, "rdb_last_bgsave_status:err")
-		})
-	}
-	load := func(t testing.TB, r *redisServer) {
-		r.do(t, "EVAL", `for i = 1, 20000 do redis.call('SET', 'filler:' .. i, string.rep('x', 200)) end`, 0)
-		r.do(t, "SAVE")
-		r.kill()
-		r.args = append(r.args, "--key-load-delay", "5000", "--loading-process-events-interval-bytes", "1024")
-		r.launch(t)
-	}
-	faults := []redisFault{
-		{name: "killed, and back with its data", want: allAway, fail: kill, heal: launch,
-			options: []string{"--appendonly", "yes", "--appendfsync", "always"}},
-		{name: "frozen", want: allAway, fail: send("STOP"), heal: send("CONT")},
-
-		{name: "full", want: noNewSessions, cause: "OOM",
-			fail: do("CONFIG", "SET", "maxmemory", 1), heal: do("CONFIG", "SET", "maxmemory", 0)},
-		{name: "no snapshot can be saved", want: noWrites, cause: "MISCONF",
-			fail: cannotSave, heal: do("CONFIG", "SET", "save", "")},
-		{name: "a replica", want: noWrites, cause: "READONLY", fail: replicate, heal: promote},
-		{name: "loading", want: onlyEcho, cause: "LOADING",
-			fail: load, heal: do("CONFIG", "SET", "key-load-delay", 0)},
-	}
-	for command, want := range map[string]statuses{"expire": noNewSessions, "del": noWrites, "echo": allAway,
-		"hgetall": noLookups} {
-		faults = append(faults, redisFault{name: "no right to " + command, want: want, cause: "NOPERM",
-			fail: do("ACL", "SETUSER", "default", "-"+command),
-			heal: do("ACL", "SETUSER", "default", "+"+command)})
-	}
-	for _, tt := range faults {
-		t.Run(tt.name, tt.test)
-	}
-}
-
-func (f redisFault) test(t *testing.T) {
-	t.Parallel()
-	r := ownRedis(t, f.options...)
-	s := start(t, "REDIS_URL="+r.url())
-	s.expectErrors()
-	email := newEmail()
-	s.addAccount(email, bcrypt.MinCost)
-	// Each of these is for one kind of request: what is not answered may yet have been done.
-	kept, replaced, ended := s.signIn(email), s.signIn(email), s.signIn(email)
-	registered := f.want.signIn
-	if registered == 200 || f.name == "no right to del" { // the old session lives on
-		registered = 201
-	}
-	f.fail(t, r)
-	for _, a := range []struct {
-		method, path, body, id string
-		want                   int
-	}{
-		{"GET", "/user", "", kept, f.want.lookup},
-		{"GET", "/user", "", "", 401},
-		{"DELETE", "/user/session", "", ended, f.want.signOut},
-		{"GET", "/healthz", "", "", f.want.health},
-		{"POST", "/user/signin", credentials(email, password), replaced, f.want.signIn},
-		{"POST", "/user", credentials(newEmail(), password), newUUID(), registered},
-	} {
-		began := time.Now()
-		got := s.ask(a.method, a.path, a.body, cookie(a.id)) // no 503 sets a cookie: see checkReply
-		if took := time.Since(began); got.status != a.want || took > 3*time.Second {
-			t.Errorf("%s %s: status %d after %v, want %d within 3 s: %s",
-				a.method, a.path, got.status, took, a.want, got.body)
-		}
-	}
-	if n := query[int](s, `SELECT count(*) FROM users`); registered == 503 && n != 1 {
-		t.Errorf("a registration that was refused left %d accounts behind", n-1)
-	}
-	if f.want.lookup == 503 {
-		s.wantOutageInTime(kept)
-	}
-	f.heal(t, r)
-	s.wantBack(200, "/user", cookie(kept))
-	if f.want.signIn == 503 { // the old session lives on
-		s.want(200, replaced)
-	} else {
-		s.want(401, replaced)
-	}
-	if f.want.signOut == 204 {
-		s.want(401, ended)
-	} else if f.want.health == 200 {
-		s.want(200, ended)
-	}
-	s.want(200, s.signIn(email))
-	s.register(newEmail())
-	f.wantCause(s)
-	wantEnds(t, r.url())
-}
-
-func (f redisFault) wantCause(s *service) {
-	s.Helper()
-	message := "store out of reach"
-	if f.cause != "" && f.want != allAway {
-		message = "store refuses"
-	}
-	s.log.find(s, message)
-	if !slices.ContainsFunc(s.log.lines(message), func(line map[string]any) bool {
-		return strings.Contains(line["err"].(string), f.cause)
-	}) {
-		s.Errorf("no line %q names the cause %q:\n%s", message, f.cause, s.log)
-	}
-}
-
-// wantOutageInTime has many look a session up at once, none of whom may wait for long.
-func (s *service) wantOutageInTime(id string) {
-	s.Helper()
-	var late atomic.Int64
-	together(300, func(int) {
-		began := time.Now()
-		s.want(503, id)
-		if time.Since(began) > 3*time.Second {
-			late.Add(1)
-		}
-	})
-	if late.Load() > 0 {
-		s.Errorf("of 300 lookups at once %d were answered after 3 s", late.Load())
-	}
-}
-
-// wantTurns registers, and signs in n times, each of which ends the session before it.
-func (s *service) wantTurns(n int) (id string) {
-	s.Helper()
-	user, id := s.register(newEmail())
-	for range n {
-		next := s.signIn(user.Email, cookie(id))
-		s.want(401, id)
-		s.want(200, next)
-		id = next
-	}
-	return id
-}
-
-// wantSignOut ends a session.
-func (s *service) wantSignOut(id string) {
-	s.Helper()
-	if status := s.status("DELETE", "/user/session", "", cookie(id)); status != 204 {
-		s.Errorf("DELETE /user/session: status %d, want 204", status)
-	}
-	s.want(401, id)
-}
-
-// wantBack waits for a status, which has to come within 2 s.
-func (s *service) wantBack(status int, path string, header ...string) {
-	s.Helper()
-	began := time.Now()
-	eventually(s, 20*time.Second, "the service is back", func() bool {
-		return s.status("GET", path, "", header...) == status
-	})
-	if back := time.Since(began); back > 2*time.Second {
-		s.Errorf("back after %v, want 2 s at most", back)
-	}
-}
-
-// wantEnds checks that no session stays for ever.
-func wantEnds(t testing.TB, url string) {
-	t.Helper()
-	eventually(t, 5*time.Second, "every session has an end", func() bool {
-		keys, err := redis.Strings(redisDo(t, url, "KEYS", "session:*"), nil)
-		return err == nil && !slices.ContainsFunc(keys, func(key string) bool {
-			return redisDo(t, url, "TTL", key) == any(int64(-1))
-		})
-	})
-}
-
-// A sign-in has several operations, and the last can fail after the others took their time.
-func TestASignInIsAnsweredInTimeWhenTheOldSessionCannotBeEnded(t *testing.T) {
-	t.Parallel()
-	slow := false
-	f := startFakeRedis(t, func(command []string) string {
-		switch {
-		case command[0] == "HGETALL":
-			slow = true
-			return cutOff
-		case slow && command[0] == "DEL":
-			return ""
-		case slow && (command[0] == "AUTH" || command[0] == "EXEC"):
-			time.Sleep(replyTimeout * 4 / 5)
-		}
-		return plainReply(command)
-	})
-	s := start(t, "REDIS_URL=redis://:password@"+f.addr)
-	s.expectErrors()
-	email := newEmail()
-	s.addAccount(email, bcrypt.MinCost)
-	s.want(503, newUUID()) // and the connection has ended
-	began := time.Now()
-	status := s.status("POST", "/user/signin", credentials(email, password), cookie(newUUID()))
-	if took := time.Since(began); status != 503 || took > 3*time.Second {
-		t.Errorf("POST /user/signin: status %d after %v, want 503 within 3 s", status, took)
-	}
-}
-
-func TestStartWithoutAWillingRedis(t *testing.T) {
-	t.Parallel()
-	const refuses = "store refuses"
-	const away = "store out of reach"
-	without := func(right string) []string {
-		return []string{"--user", "default", "on", "nopass", "~*", "+@all", right}
-	}
-	for _, tt := range []struct {
-		name    string
-		options []string
-		login   string
-		cause   string
-		signIn  int
-		lookup  int
-	}{
-		{"full", []string{"--maxmemory", "1"}, "", "OOM", 503, 401},
-		{"no right to HSET", without("-hset"), "", "NOPERM", 503, 401},
-		{"no HGETALL", []string{"--rename-command", "HGETALL", ""}, "", "unknown command", 200, 503},
-		{"a wrong password", []string{"--requirepass", "right"}, ":wr0ng@", "WRONGPASS", 503, 503},
-		{"away", nil, "", "", 503, 503}, // a container's port may yet take connections
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			r := ownRedis(t, tt.options...)
-			message := refuses
-			if tt.lookup == 503 && tt.signIn == 503 {
-				message = away
-			}
-			if tt.name == "away" {
-				r.kill()
-			}
-			s := start(t, "REDIS_URL=redis://"+tt.login+r.addr())
-			s.expectErrors()
-			s.secret("wr0ng", sessionKey("")) // Redis quotes what it does not know
-			line := s.log.find(t, message)
-			cause, _ := line["err"].(string)
-			if !strings.Contains(cause, tt.cause) || line["level"] != "ERROR" {
-				t.Errorf("line %v, want the cause %q", line, tt.cause)
-			}
-			email := newEmail()
-			s.addAccount(email, bcrypt.MinCost)
-			body := credentials(email, password)
-			if status := s.status("POST", "/user/signin", body, cookie(newUUID())); status != tt.signIn {
-				t.Errorf("POST /user/signin: status %d, want %d", status, tt.signIn)
-			}
-			s.want(tt.lookup, newUUID())
-			if tt.name == "away" {
-				r.launch(t)
-				s.wantBack(200, "/healthz")
-				s.want(200, s.signIn(email))
-				eventually(t, 10*time.Second, "the store is said to be back", func() bool {
-					s.status("GET", "/healthz", "")
-					return len(s.log.lines("store is back")) == 1
-				})
-			}
-		})
-	}
-}
-
-func TestConnectionsThatDiedIdleCostNothing(t *testing.T) {
-	t.Parallel()
-	r := ownRedis(t)
-	p := startProxy(t, r.addr(), 0)
-	s := start(t, "REDIS_URL="+p.url(), "LOG_LEVEL=debug")
-	s.log.find(t, "session store takes sessions") // of the trial session
-	s.expectErrors()
-	user, id := s.register(newEmail())
-	for range 20 {
-		p.cut()
-		s.want(200, id)
-		p.cut()
-		if status := s.status("GET", "/healthz", ""); status != 200 {
-			t.Errorf("GET /healthz: status %d, want 200", status)
-		}
-		p.cut()
-		signIn := func() int { return s.status("POST", "/user/signin", credentials(user.Email, password)) }
-		status := signIn()
-		if status == 503 { // in the very moment of the cut: it is never sent twice
-			status = signIn()
-		}
-		if status != 200 {
-			t.Errorf("POST /user/signin: status %d, want 200", status)
-		}
-		p.cut()
-		s.wantSignOut(id)
-		id = s.signIn(user.Email)
-	}
-	s.register(newEmail())
-}
-
-// ---------------------------------------------------------------------------------------------------
-// Faults: replies out of step.
-
-// stepFaults are faults that leave replies in another place than they belong. One piece in every is struck: a
-// reply, or all replies to a flush. earlier is the last piece of the same length: the number of replies would
-// betray another.
-var stepFaults = []struct {
-	name    string
-	every   int
-	flushes bool
-	strike  func(piece, earlier []byte) ([]byte, error)
-}{
-	{"cut", 200, false, func(piece, _ []byte) ([]byte, error) { return piece[:rand.N(len(piece))], errCut }},
-	{"dropped", 1000, false, func(_, _ []byte) ([]byte, error) { return nil, nil }},
-	{"inserted", 50, false, func(piece, earlier []byte) ([]byte, error) {
-		return slices.Concat(earlier, piece), nil
-	}},
-	{"an earlier flush again", 10, true, func(_, earlier []byte) ([]byte, error) { return earlier, nil }},
-	{"proof before the replies", 20, true, func(piece, _ []byte) ([]byte, error) {
-		proof := bytes.LastIndexByte(piece, '$')
-		return slices.Concat(piece[proof:], piece[:proof]), nil
-	}},
-}
-
-func TestNoAnswerCarriesAnothersSession(t *testing.T) { // not in parallel: it keeps the machine busy
-	for _, tt := range stepFaults {
-		t.Run(tt.name, func(t *testing.T) {
-			r := ownRedis(t)
-			p := startProxy(t, r.addr(), 0)
-			s := start(t, "REDIS_URL="+p.url())
-			s.expectErrors()
-			m := newMixture(s, r.url())
-			var struck atomic.Int64
-			var mu sync.Mutex // a fault is one for all connections
-			var piece []byte
-			earlier := map[int][]byte{}
-			p.set(func(reply []byte) ([]byte, error) {
-				mu.Lock()
-				defer mu.Unlock()
-				piece = append(piece, reply...)
-				if tt.flushes && reply[0] != '$' { // ECHO's is the last
-					return nil, nil
-				}
-				whole := piece
-				piece = nil
-				before := earlier[len(whole)]
-				earlier[len(whole)] = whole
-				if before == nil || rand.N(tt.every) > 0 {
-					return whole, nil
-				}
-				struck.Add(1)
-				return tt.strike(whole, before)
-			})
-			total := int64(rounds(3_000, 100_000))
-			m.lookUpAndSignIn(total, func() {})
-			m.lookUp(total / 20) // one a flush
-			if struck.Load() == 0 {
-				t.Error("no fault struck")
-			}
-			p.set(nil)
-			s.wantBack(200, "/user", cookie(m.ids[0]))
-			wantEnds(t, r.url())
-		})
-	}
-}
-
-// mixture looks sessions up whose users it knows, over a line that is bad.
-type mixture struct {
-	*service
-	direct *redisSessions // past what makes the line bad
-	ids    []string
-	users  []User
-
-	asked, right, away atomic.Int64
-}
-
-func newMixture(s *service, redisURL string) *mixture {
-	s.Helper()
-	m := &mixture{service: s, direct: openRedisSessions(s, redisURL)}
-	for i := range 200 {
-		id, user := newUUID(), testUser(i)
-		if err := m.direct.Create(s.Context(), id, user, time.Hour); err != nil {
-			s.Fatal(err)
-		}
-		m.ids, m.users = append(m.ids, id), append(m.users, user)
-	}
-	return m
-}
-
-// lookUpAndSignIn looks sessions up at once, so that many are in a flush, and signs in and out beside that,
-// with a disturbance each time.
-func (m *mixture) lookUpAndSignIn(total int64, disturb func()) {
-	m.Helper()
-	var others sync.WaitGroup
-	for range 64 {
-		others.Go(func() { m.lookUp(total) })
-	}
-	m.signInAndOut(disturb)
-	others.Wait()
-	m.Logf("%d right, %d times 503, of %d", m.right.Load(), m.away.Load(), total)
-	if m.right.Load() < total/10 {
-		m.Errorf("only %d of %d answered", m.right.Load(), total)
-	}
-	m.asked.Store(0)
-}
-
-// lookUp looks sessions up until so many were asked for. Some of its clients hang up.
-func (m *mixture) lookUp(upTo int64) {
-	for m.asked.Add(1) <= upTo {
-		i := rand.N(len(m.ids))
-		req, err := http.NewRequest("GET", m.url+"/user", nil)
-		if err != nil {
-			m.Error(err)
-			return
-		}
-		ctx, cancel := context.WithCancel(m.Context())
-		if rand.N(20) == 0 {
-			time.AfterFunc(time.Duration(rand.N(1000))*time.Microsecond, cancel)
-		}
-		req.Header.Set("Cookie", cookieName+"="+m.ids[i])
-		if resp, err := m.client.Do(req.WithContext(ctx)); err == nil {
-			body, err := io.ReadAll(resp.Body)
-			resp.Body.Close()
-			switch {
-			case err != nil: // hung up
-			case resp.StatusCode == 200 && string(body) == userJSON(m.users[i]):
-				m.right.Add(1)
-			case resp.StatusCode == 503:
-				m.away.Add(1)
-			default:
-				m.Errorf("status %d: %s, want %s", resp.StatusCode, body, userJSON(m.users[i]))
-			}
-		}
-		cancel()
-	}
-}
-
-// exists tells whether a session is in Redis.
-func (m *mixture) exists(id string) bool {
-	m.Helper()
-	_, err := m.direct.Get(m.Context(), id)
-	for errors.Is(err, errUnavailable) { // in a cluster this line is bad too
-		_, err = m.direct.Get(m.Context(), id)
-	}
-	return err == nil
-}
-
-// signInAndOut checks each answer against what Redis really holds.
-func (m *mixture) signInAndOut(disturb func()) {
-	m.Helper()
-	email := newEmail()
-	m.addAccount(email, bcrypt.MinCost)
-	old := newUUID()
-	for i := range rounds(20, 300) {
-		disturb()
-		a := m.ask("POST", "/user/signin", credentials(email, password), cookie(old))
-		if a.status == 503 {
-			continue
-		}
-		if a.status != 200 || a.cookie == nil {
-			m.Fatalf("POST /user/signin: status %d: %s", a.status, a.body)
-		}
-		id := a.cookie.Value
-		if !m.exists(id) || m.exists(old) {
-			m.Errorf("signed in: the new session exists: %v, the old one: %v", m.exists(id), m.exists(old))
-		}
-		old = id
-		if i%2 == 0 {
-			continue
-		}
-		status := m.status("DELETE", "/user/session", "", cookie(id))
-		if status == 503 {
-			continue
-		}
-		if status != 204 || m.exists(id) {
-			m.Errorf("DELETE /user/session: status %d; the session exists: %v", status, m.exists(id))
-		}
-		if status := m.status("GET", "/user", "", cookie(id)); status != 401 && status != 503 {
-			m.Errorf("GET /user after its end: status %d, want 401", status)
-		}
-	}
-}
-
-// ---------------------------------------------------------------------------------------------------
-// Faults: failing over.
-
-func TestSentinelsNameThePrimary(t *testing.T) {
-	t.Parallel()
-	host := ownRedisHost(t)
-	primary := host.start(t)
-	replica := host.start(t, "--replicaof", "127.0.0.1 "+primary.port)
-	url := "REDIS_URL=redis-sentinel://127.0.0.1:" + freePort() // nobody is there
-	var sentinels []*redisServer
-	for range 3 {
-		sentinel := host.startSentinel(t, "sentinel monitor accounts 127.0.0.1 "+primary.port+" 2",
-			"sentinel down-after-milliseconds accounts 500", "sentinel failover-timeout accounts 3000")
-		sentinels = append(sentinels, sentinel)
-		url += "," + sentinel.addr()
-	}
-	for _, sentinel := range sentinels {
-		eventually(t, 30*time.Second, "the sentinels know each other and the replica", func() bool {
-			info, _ := redis.String(sentinel.do(t, "INFO", "sentinel"), nil)
-			return strings.Contains(info, "slaves=1,sentinels=3")
-		})
-	}
-	s := start(t, url+"/accounts/0")
-	s.expectErrors()
-	user, id := s.register(newEmail())
-	primary.do(t, "WAIT", 1, 5000)
-	primary.kill()
-	answers := map[int]int{}
-	eventually(t, time.Minute, "another primary is elected", func() bool {
-		answers[s.status("GET", "/user", "", cookie(id))]++
-		reply := sentinels[0].do(t, "SENTINEL", "get-master-addr-by-name", "accounts")
-		addr, _ := redis.Strings(reply, nil)
-		return len(addr) == 2 && addr[1] == replica.port
-	})
-	s.wantBack(200, "/user", cookie(id))
-	if delete(answers, 200); len(answers) != 1 || answers[503] == 0 {
-		t.Errorf("answers by status: %v, want 503 only until it is elected", answers)
-	}
-	s.want(200, s.signIn(user.Email))
-	for _, sentinel := range sentinels {
-		sentinel.kill()
-	}
-	s.want(200, s.signIn(user.Email))
-	s.want(200, id)
-}
-
-func TestASentinelThatKnowsLessIsPassedOver(t *testing.T) {
-	t.Parallel()
-	primary := func(addr string) string { // as a sentinel tells it
-		_, port, _ := net.SplitHostPort(addr)
-		return "*2\r\n" + bulkString("127.0.0.1") + bulkString(port)
-	}
-	says := func(role string) string {
-		f := startFakeRedis(t, func(command []string) string {
-			if command[0] == "ROLE" {
-				return role
-			}
-			return plainReply(command)
-		})
-		return primary(f.addr)
-	}
-	sentinel := func(reply string) string {
-		return startFakeRedis(t, func([]string) string { return reply }).addr
-	}
-	right := sentinel(says(plainReply([]string{"ROLE"})))
-	for name, reply := range map[string]string{
-		"has not heard of the failover":         says("*1\r\n$5\r\nslave\r\n"),
-		"names one that does not tell its role": says("-NOPERM\r\n"),
-		"names one that is away":                primary("127.0.0.1:" + freePort()),
-		"knows none of the name":                "*-1\r\n",
-		"refuses":                               "-NOAUTH\r\n",
-		"answers in another shape":              "*1\r\n$1\r\nx\r\n",
-		"says nothing":                          "",
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			behind := "redis-sentinel://" + sentinel(reply)
-			for url, want := range map[string]error{
-				behind + "/accounts":               errUnavailable,
-				behind + "," + right + "/accounts": nil,
-			} {
-				began := time.Now()
-				err := openRedisSessions(t, url).Ping(t.Context())
-				if took := time.Since(began); !errors.Is(err, want) || took > 3*time.Second {
-					t.Errorf("%s: %v after %v, want %v within 3 s", url, err, took, want)
-				}
-			}
-		})
-	}
-}
-
-// privateCertificate is its own authority, for 127.0.0.1 alone.
-func privateCertificate(t *testing.T) (certificate, key []byte) {
-	t.Helper()
-	private, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber:          big.NewInt(1),
-		NotAfter:              time.Now().Add(24 * time.Hour),
-		IPAddresses:           []net.IP{net.IPv4(127, 0, 0, 1)},
-		IsCA:                  true,
-		BasicConstraintsValid: true,
-	}
-	public := private.Public()
-	certificate, err = x509.CreateCertificate(cryptorand.Reader, template, template, public, private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	key, err = x509.MarshalPKCS8PrivateKey(private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}),
-		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})
-}
-
-func TestRedisOverTLSWithAPrivateCA(t *testing.T) {
-	t.Parallel()
-	certificate, key := privateCertificate(t)
-	file := filepath.Join(t.TempDir(), "ca.pem")
-	if err := os.WriteFile(file, certificate, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	host := ownRedisHost(t)
-	certFile, keyFile := host.write(t, "cert.pem", certificate), host.write(t, "key.pem", key)
-	serve := func(options ...string) (admin, addr string) { // past TLS, and over it
-		port := host.port()
-		server := host.start(t, slices.Concat([]string{"--tls-port", port, "--tls-ca-cert-file", certFile,
-			"--tls-cert-file", certFile, "--tls-key-file", keyFile, "--requirepass", "s3cret"}, options)...)
-		return "redis://:s3cret@" + server.addr(), "127.0.0.1:" + port
-	}
-	launch := func(addr string, vars ...string) *service {
-		s := startProcess(t, append(vars, "REDIS_URL=rediss://:s3cret@"+addr)...)
-		s.secret("s3cret")
-		return s
-	}
-	trust := "SSL_CERT_FILE=" + file
-
-	// Two nodes of a cluster, with half of the slots each.
-	var admins, addrs []string
-	for i := range 2 {
-		bus := host.port()
-		admin, addr := serve("--tls-auth-clients", "no", "--tls-cluster", "yes", "--cluster-enabled", "yes",
-			"--cluster-port", bus, "--cluster-config-file", bus+".nodes",
-			"--cluster-announce-hostname", "localhost")
-		redisDo(t, admin, "CLUSTER", "ADDSLOTSRANGE", 8192*i, 8192*i+8191)
-		admins, addrs = append(admins, admin), append(addrs, addr)
-		if i == 1 {
-			_, port, _ := net.SplitHostPort(addr)
-			redisDo(t, admins[0], "CLUSTER", "MEET", "127.0.0.1", port, bus)
-		}
-	}
-	for _, admin := range admins {
-		eventually(t, 30*time.Second, "the cluster serves", func() bool {
-			info, _ := redis.String(redisDo(t, admin, "CLUSTER", "INFO"), nil)
-			return strings.Contains(info, "cluster_state:ok")
-		})
-	}
-	s := launch(addrs[0], trust)
-	s.wantTurns(20) // on both
-	s.log.find(t, "Redis is a cluster")
-
-	_, strict := serve("--tls-auth-clients", "yes")
-	for _, tt := range []struct{ addr, vars, cause string }{
-		{addrs[0], "", "certificate signed by unknown authority"},
-		{strict, trust, "certificate required"},
-		{addrs[0], trust, "wanted to match localhost"}, // which is what MOVED calls the other node now
-	} {
-		if tt.cause == "wanted to match localhost" {
-			for _, admin := range admins {
-				redisDo(t, admin, "CONFIG", "SET", "cluster-preferred-endpoint-type", "hostname")
-			}
-		}
-		s := launch(tt.addr, tt.vars)
-		s.expectErrors()
-		eventually(t, 10*time.Second, tt.cause, func() bool {
-			s.status("GET", "/user", "", cookie(newUUID()))
-			return strings.Contains(s.log.String(), tt.cause)
-		})
-	}
-}
-
-// ---------------------------------------------------------------------------------------------------
 // store.go
 
 // originalDDL is what prisma migrate wrote, to the letter.
@@ -6001,7 +5285,724 @@ func TestExpiredSessionsAreSwept(t *testing.T) {
 	}
 }
 
-// --- Faults: SQLite
+// ---------------------------------------------------------------------------------------------------
+// Faults: Redis away, or refusing.
+
+// statuses are what requests that need the session store are answered.
+type statuses struct{ signIn, lookup, signOut, health int }
+
+var (
+	allAway       = statuses{signIn: 503, lookup: 503, signOut: 503, health: 503}
+	noWrites      = statuses{signIn: 503, lookup: 200, signOut: 503, health: 200}
+	noNewSessions = statuses{signIn: 503, lookup: 200, signOut: 204, health: 200}
+	noLookups     = statuses{signIn: 200, lookup: 503, signOut: 204, health: 200}
+	onlyEcho      = statuses{signIn: 503, lookup: 503, signOut: 503, health: 200}
+)
+
+var errCut = errors.New("cut")
+
+// redisFault strikes a Redis that sessions are in.
+type redisFault struct {
+	name    string
+	want    statuses
+	cause   string // in the log, where Redis refuses
+	options []string
+	fail    func(testing.TB, *redisServer)
+	heal    func(testing.TB, *redisServer)
+}
+
+func TestRedisFaults(t *testing.T) {
+	t.Parallel()
+	do := func(command string, args ...any) func(testing.TB, *redisServer) {
+		return func(t testing.TB, r *redisServer) { r.do(t, command, args...) }
+	}
+	send := func(signal string) func(testing.TB, *redisServer) {
+		return func(_ testing.TB, r *redisServer) { r.signal(signal) }
+	}
+	kill := func(_ testing.TB, r *redisServer) { r.kill() }
+	launch := func(t testing.TB, r *redisServer) { r.launch(t) }
+	replicate := do("REPLICAOF", "127.0.0.1", freePort())
+	promote := do("REPLICAOF", "NO", "ONE")
+	cannotSave := func(t testing.TB, r *redisServer) {
+		if err := r.host.command("mkdir", r.host.dir+"/"+r.port+".rdb").Run(); err != nil {
+			t.Fatal(err)
+		}
+		r.do(t, "CONFIG", "SET", "save", "3600 1")
+		r.do(t, "BGSAVE")
+		eventually(t, 20*time.Second, "Redis cannot save", func() bool {
+			info, _ := redis.String(r.do(t, "INFO", "persistence"), nil)
+			return strings.Contains(info, "rdb_last_bgsave_status:err")
+		})
+	}
+	load := func(t testing.TB, r *redisServer) {
+		r.do(t, "EVAL", `for i = 1, 20000 do redis.call('SET', 'filler:' .. i, string.rep('x', 200)) end`, 0)
+		r.do(t, "SAVE")
+		r.kill()
+		r.args = append(r.args, "--key-load-delay", "5000", "--loading-process-events-interval-bytes", "1024")
+		r.launch(t)
+	}
+	faults := []redisFault{
+		{name: "killed, and back with its data", want: allAway, fail: kill, heal: launch,
+			options: []string{"--appendonly", "yes", "--appendfsync", "always"}},
+		{name: "frozen", want: allAway, fail: send("STOP"), heal: send("CONT")},
+
+		{name: "full", want: noNewSessions, cause: "OOM",
+			fail: do("CONFIG", "SET", "maxmemory", 1), heal: do("CONFIG", "SET", "maxmemory", 0)},
+		{name: "no snapshot can be saved", want: noWrites, cause: "MISCONF",
+			fail: cannotSave, heal: do("CONFIG", "SET", "save", "")},
+		{name: "a replica", want: noWrites, cause: "READONLY", fail: replicate, heal: promote},
+		{name: "loading", want: onlyEcho, cause: "LOADING",
+			fail: load, heal: do("CONFIG", "SET", "key-load-delay", 0)},
+	}
+	for command, want := range map[string]statuses{"expire": noNewSessions, "del": noWrites, "echo": allAway,
+		"hgetall": noLookups} {
+		faults = append(faults, redisFault{name: "no right to " + command, want: want, cause: "NOPERM",
+			fail: do("ACL", "SETUSER", "default", "-"+command),
+			heal: do("ACL", "SETUSER", "default", "+"+command)})
+	}
+	for _, tt := range faults {
+		t.Run(tt.name, tt.test)
+	}
+}
+
+func (f redisFault) test(t *testing.T) {
+	t.Parallel()
+	r := ownRedis(t, f.options...)
+	s := start(t, "REDIS_URL="+r.url())
+	s.expectErrors()
+	email := newEmail()
+	s.addAccount(email, bcrypt.MinCost)
+	// Each of these is for one kind of request: what is not answered may yet have been done.
+	kept, replaced, ended := s.signIn(email), s.signIn(email), s.signIn(email)
+	registered := f.want.signIn
+	if registered == 200 || f.name == "no right to del" { // the old session lives on
+		registered = 201
+	}
+	f.fail(t, r)
+	for _, a := range []struct {
+		method, path, body, id string
+		want                   int
+	}{
+		{"GET", "/user", "", kept, f.want.lookup},
+		{"GET", "/user", "", "", 401},
+		{"DELETE", "/user/session", "", ended, f.want.signOut},
+		{"GET", "/healthz", "", "", f.want.health},
+		{"POST", "/user/signin", credentials(email, password), replaced, f.want.signIn},
+		{"POST", "/user", credentials(newEmail(), password), newUUID(), registered},
+	} {
+		began := time.Now()
+		got := s.ask(a.method, a.path, a.body, cookie(a.id)) // no 503 sets a cookie: see checkReply
+		if took := time.Since(began); got.status != a.want || took > 3*time.Second {
+			t.Errorf("%s %s: status %d after %v, want %d within 3 s: %s",
+				a.method, a.path, got.status, took, a.want, got.body)
+		}
+	}
+	if n := query[int](s, `SELECT count(*) FROM users`); registered == 503 && n != 1 {
+		t.Errorf("a registration that was refused left %d accounts behind", n-1)
+	}
+	if f.want.lookup == 503 {
+		s.wantOutageInTime(kept)
+	}
+	f.heal(t, r)
+	s.wantBack(200, "/user", cookie(kept))
+	if f.want.signIn == 503 { // the old session lives on
+		s.want(200, replaced)
+	} else {
+		s.want(401, replaced)
+	}
+	if f.want.signOut == 204 {
+		s.want(401, ended)
+	} else if f.want.health == 200 {
+		s.want(200, ended)
+	}
+	s.want(200, s.signIn(email))
+	s.register(newEmail())
+	f.wantCause(s)
+	wantEnds(t, r.url())
+}
+
+func (f redisFault) wantCause(s *service) {
+	s.Helper()
+	message := "store out of reach"
+	if f.cause != "" && f.want != allAway {
+		message = "store refuses"
+	}
+	s.log.find(s, message)
+	if !slices.ContainsFunc(s.log.lines(message), func(line map[string]any) bool {
+		return strings.Contains(line["err"].(string), f.cause)
+	}) {
+		s.Errorf("no line %q names the cause %q:\n%s", message, f.cause, s.log)
+	}
+}
+
+// wantOutageInTime has many look a session up at once, none of whom may wait for long.
+func (s *service) wantOutageInTime(id string) {
+	s.Helper()
+	var late atomic.Int64
+	together(300, func(int) {
+		began := time.Now()
+		s.want(503, id)
+		if time.Since(began) > 3*time.Second {
+			late.Add(1)
+		}
+	})
+	if late.Load() > 0 {
+		s.Errorf("of 300 lookups at once %d were answered after 3 s", late.Load())
+	}
+}
+
+// wantTurns registers, and signs in n times, each of which ends the session before it.
+func (s *service) wantTurns(n int) (id string) {
+	s.Helper()
+	user, id := s.register(newEmail())
+	for range n {
+		next := s.signIn(user.Email, cookie(id))
+		s.want(401, id)
+		s.want(200, next)
+		id = next
+	}
+	return id
+}
+
+// wantSignOut ends a session.
+func (s *service) wantSignOut(id string) {
+	s.Helper()
+	if status := s.status("DELETE", "/user/session", "", cookie(id)); status != 204 {
+		s.Errorf("DELETE /user/session: status %d, want 204", status)
+	}
+	s.want(401, id)
+}
+
+// wantBack waits for a status, which has to come within 2 s.
+func (s *service) wantBack(status int, path string, header ...string) {
+	s.Helper()
+	began := time.Now()
+	eventually(s, 20*time.Second, "the service is back", func() bool {
+		return s.status("GET", path, "", header...) == status
+	})
+	if back := time.Since(began); back > 2*time.Second {
+		s.Errorf("back after %v, want 2 s at most", back)
+	}
+}
+
+// wantEnds checks that no session stays for ever.
+func wantEnds(t testing.TB, url string) {
+	t.Helper()
+	eventually(t, 5*time.Second, "every session has an end", func() bool {
+		keys, err := redis.Strings(redisDo(t, url, "KEYS", "session:*"), nil)
+		return err == nil && !slices.ContainsFunc(keys, func(key string) bool {
+			return redisDo(t, url, "TTL", key) == any(int64(-1))
+		})
+	})
+}
+
+// A sign-in has several operations, and the last can fail after the others took their time.
+func TestASignInIsAnsweredInTimeWhenTheOldSessionCannotBeEnded(t *testing.T) {
+	t.Parallel()
+	slow := false
+	f := startFakeRedis(t, func(command []string) string {
+		switch {
+		case command[0] == "HGETALL":
+			slow = true
+			return cutOff
+		case slow && command[0] == "DEL":
+			return ""
+		case slow && (command[0] == "AUTH" || command[0] == "EXEC"):
+			time.Sleep(replyTimeout * 4 / 5)
+		}
+		return plainReply(command)
+	})
+	s := start(t, "REDIS_URL=redis://:password@"+f.addr)
+	s.expectErrors()
+	email := newEmail()
+	s.addAccount(email, bcrypt.MinCost)
+	s.want(503, newUUID()) // and the connection has ended
+	began := time.Now()
+	status := s.status("POST", "/user/signin", credentials(email, password), cookie(newUUID()))
+	if took := time.Since(began); status != 503 || took > 3*time.Second {
+		t.Errorf("POST /user/signin: status %d after %v, want 503 within 3 s", status, took)
+	}
+}
+
+func TestStartWithoutAWillingRedis(t *testing.T) {
+	t.Parallel()
+	const refuses = "store refuses"
+	const away = "store out of reach"
+	without := func(right string) []string {
+		return []string{"--user", "default", "on", "nopass", "~*", "+@all", right}
+	}
+	for _, tt := range []struct {
+		name    string
+		options []string
+		login   string
+		cause   string
+		signIn  int
+		lookup  int
+	}{
+		{"full", []string{"--maxmemory", "1"}, "", "OOM", 503, 401},
+		{"no right to HSET", without("-hset"), "", "NOPERM", 503, 401},
+		{"no HGETALL", []string{"--rename-command", "HGETALL", ""}, "", "unknown command", 200, 503},
+		{"a wrong password", []string{"--requirepass", "right"}, ":wr0ng@", "WRONGPASS", 503, 503},
+		{"away", nil, "", "", 503, 503}, // a container's port may yet take connections
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			r := ownRedis(t, tt.options...)
+			message := refuses
+			if tt.lookup == 503 && tt.signIn == 503 {
+				message = away
+			}
+			if tt.name == "away" {
+				r.kill()
+			}
+			s := start(t, "REDIS_URL=redis://"+tt.login+r.addr())
+			s.expectErrors()
+			s.secret("wr0ng", sessionKey("")) // Redis quotes what it does not know
+			line := s.log.find(t, message)
+			cause, _ := line["err"].(string)
+			if !strings.Contains(cause, tt.cause) || line["level"] != "ERROR" {
+				t.Errorf("line %v, want the cause %q", line, tt.cause)
+			}
+			email := newEmail()
+			s.addAccount(email, bcrypt.MinCost)
+			body := credentials(email, password)
+			if status := s.status("POST", "/user/signin", body, cookie(newUUID())); status != tt.signIn {
+				t.Errorf("POST /user/signin: status %d, want %d", status, tt.signIn)
+			}
+			s.want(tt.lookup, newUUID())
+			if tt.name == "away" {
+				r.launch(t)
+				s.wantBack(200, "/healthz")
+				s.want(200, s.signIn(email))
+				eventually(t, 10*time.Second, "the store is said to be back", func() bool {
+					s.status("GET", "/healthz", "")
+					return len(s.log.lines("store is back")) == 1
+				})
+			}
+		})
+	}
+}
+
+func startProxy(t testing.TB, target string, delay time.Duration) *proxy {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &proxy{addr: l.Addr().String(), conns: map[net.Conn]bool{}, delay: delay}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go p.serve(c, target)
+		}
+	}()
+	t.Cleanup(func() { l.Close(); p.cut() })
+	return p
+}
+
+func TestConnectionsThatDiedIdleCostNothing(t *testing.T) {
+	t.Parallel()
+	r := ownRedis(t)
+	p := startProxy(t, r.addr(), 0)
+	s := start(t, "REDIS_URL="+p.url(), "LOG_LEVEL=debug")
+	s.log.find(t, "session store takes sessions") // of the trial session
+	s.expectErrors()
+	user, id := s.register(newEmail())
+	for range 20 {
+		p.cut()
+		s.want(200, id)
+		p.cut()
+		if status := s.status("GET", "/healthz", ""); status != 200 {
+			t.Errorf("GET /healthz: status %d, want 200", status)
+		}
+		p.cut()
+		signIn := func() int { return s.status("POST", "/user/signin", credentials(user.Email, password)) }
+		status := signIn()
+		if status == 503 { // in the very moment of the cut: it is never sent twice
+			status = signIn()
+		}
+		if status != 200 {
+			t.Errorf("POST /user/signin: status %d, want 200", status)
+		}
+		p.cut()
+		s.wantSignOut(id)
+		id = s.signIn(user.Email)
+	}
+	s.register(newEmail())
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Faults: replies out of step.
+
+// stepFaults are faults that leave replies in another place than they belong. One piece in every is struck: a
+// reply, or all replies to a flush. earlier is the last piece of the same length: the number of replies would
+// betray another.
+var stepFaults = []struct {
+	name    string
+	every   int
+	flushes bool
+	strike  func(piece, earlier []byte) ([]byte, error)
+}{
+	{"cut", 200, false, func(piece, _ []byte) ([]byte, error) { return piece[:rand.N(len(piece))], errCut }},
+	{"dropped", 1000, false, func(_, _ []byte) ([]byte, error) { return nil, nil }},
+	{"inserted", 50, false, func(piece, earlier []byte) ([]byte, error) {
+		return slices.Concat(earlier, piece), nil
+	}},
+	{"an earlier flush again", 10, true, func(_, earlier []byte) ([]byte, error) { return earlier, nil }},
+	{"proof before the replies", 20, true, func(piece, _ []byte) ([]byte, error) {
+		proof := bytes.LastIndexByte(piece, '$')
+		return slices.Concat(piece[proof:], piece[:proof]), nil
+	}},
+}
+
+func TestNoAnswerCarriesAnothersSession(t *testing.T) { // not in parallel: it keeps the machine busy
+	for _, tt := range stepFaults {
+		t.Run(tt.name, func(t *testing.T) {
+			r := ownRedis(t)
+			p := startProxy(t, r.addr(), 0)
+			s := start(t, "REDIS_URL="+p.url())
+			s.expectErrors()
+			m := newMixture(s, r.url())
+			var struck atomic.Int64
+			var mu sync.Mutex // a fault is one for all connections
+			var piece []byte
+			earlier := map[int][]byte{}
+			p.set(func(reply []byte) ([]byte, error) {
+				mu.Lock()
+				defer mu.Unlock()
+				piece = append(piece, reply...)
+				if tt.flushes && reply[0] != '$' { // ECHO's is the last
+					return nil, nil
+				}
+				whole := piece
+				piece = nil
+				before := earlier[len(whole)]
+				earlier[len(whole)] = whole
+				if before == nil || rand.N(tt.every) > 0 {
+					return whole, nil
+				}
+				struck.Add(1)
+				return tt.strike(whole, before)
+			})
+			total := int64(rounds(3_000, 100_000))
+			m.lookUpAndSignIn(total, func() {})
+			m.lookUp(total / 20) // one a flush
+			if struck.Load() == 0 {
+				t.Error("no fault struck")
+			}
+			p.set(nil)
+			s.wantBack(200, "/user", cookie(m.ids[0]))
+			wantEnds(t, r.url())
+		})
+	}
+}
+
+// mixture looks sessions up whose users it knows, over a line that is bad.
+type mixture struct {
+	*service
+	direct *redisSessions // past what makes the line bad
+	ids    []string
+	users  []User
+
+	asked, right, away atomic.Int64
+}
+
+func newMixture(s *service, redisURL string) *mixture {
+	s.Helper()
+	m := &mixture{service: s, direct: openRedisSessions(s, redisURL)}
+	for i := range 200 {
+		id, user := newUUID(), testUser(i)
+		if err := m.direct.Create(s.Context(), id, user, time.Hour); err != nil {
+			s.Fatal(err)
+		}
+		m.ids, m.users = append(m.ids, id), append(m.users, user)
+	}
+	return m
+}
+
+// lookUpAndSignIn looks sessions up at once, so that many are in a flush, and signs in and out beside that,
+// with a disturbance each time.
+func (m *mixture) lookUpAndSignIn(total int64, disturb func()) {
+	m.Helper()
+	var others sync.WaitGroup
+	for range 64 {
+		others.Go(func() { m.lookUp(total) })
+	}
+	m.signInAndOut(disturb)
+	others.Wait()
+	m.Logf("%d right, %d times 503, of %d", m.right.Load(), m.away.Load(), total)
+	if m.right.Load() < total/10 {
+		m.Errorf("only %d of %d answered", m.right.Load(), total)
+	}
+	m.asked.Store(0)
+}
+
+// lookUp looks sessions up until so many were asked for. Some of its clients hang up.
+func (m *mixture) lookUp(upTo int64) {
+	for m.asked.Add(1) <= upTo {
+		i := rand.N(len(m.ids))
+		req, err := http.NewRequest("GET", m.url+"/user", nil)
+		if err != nil {
+			m.Error(err)
+			return
+		}
+		ctx, cancel := context.WithCancel(m.Context())
+		if rand.N(20) == 0 {
+			time.AfterFunc(time.Duration(rand.N(1000))*time.Microsecond, cancel)
+		}
+		req.Header.Set("Cookie", cookieName+"="+m.ids[i])
+		if resp, err := m.client.Do(req.WithContext(ctx)); err == nil {
+			body, err := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			switch {
+			case err != nil: // hung up
+			case resp.StatusCode == 200 && string(body) == userJSON(m.users[i]):
+				m.right.Add(1)
+			case resp.StatusCode == 503:
+				m.away.Add(1)
+			default:
+				m.Errorf("status %d: %s, want %s", resp.StatusCode, body, userJSON(m.users[i]))
+			}
+		}
+		cancel()
+	}
+}
+
+// exists tells whether a session is in Redis.
+func (m *mixture) exists(id string) bool {
+	m.Helper()
+	_, err := m.direct.Get(m.Context(), id)
+	for errors.Is(err, errUnavailable) { // in a cluster this line is bad too
+		_, err = m.direct.Get(m.Context(), id)
+	}
+	return err == nil
+}
+
+// signInAndOut checks each answer against what Redis really holds.
+func (m *mixture) signInAndOut(disturb func()) {
+	m.Helper()
+	email := newEmail()
+	m.addAccount(email, bcrypt.MinCost)
+	old := newUUID()
+	for i := range rounds(20, 300) {
+		disturb()
+		a := m.ask("POST", "/user/signin", credentials(email, password), cookie(old))
+		if a.status == 503 {
+			continue
+		}
+		if a.status != 200 || a.cookie == nil {
+			m.Fatalf("POST /user/signin: status %d: %s", a.status, a.body)
+		}
+		id := a.cookie.Value
+		if !m.exists(id) || m.exists(old) {
+			m.Errorf("signed in: the new session exists: %v, the old one: %v", m.exists(id), m.exists(old))
+		}
+		old = id
+		if i%2 == 0 {
+			continue
+		}
+		status := m.status("DELETE", "/user/session", "", cookie(id))
+		if status == 503 {
+			continue
+		}
+		if status != 204 || m.exists(id) {
+			m.Errorf("DELETE /user/session: status %d; the session exists: %v", status, m.exists(id))
+		}
+		if status := m.status("GET", "/user", "", cookie(id)); status != 401 && status != 503 {
+			m.Errorf("GET /user after its end: status %d, want 401", status)
+		}
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Faults: failing over.
+
+func TestSentinelsNameThePrimary(t *testing.T) {
+	t.Parallel()
+	host := ownRedisHost(t)
+	primary := host.start(t)
+	replica := host.start(t, "--replicaof", "127.0.0.1 "+primary.port)
+	url := "REDIS_URL=redis-sentinel://127.0.0.1:" + freePort() // nobody is there
+	var sentinels []*redisServer
+	for range 3 {
+		sentinel := host.startSentinel(t, "sentinel monitor accounts 127.0.0.1 "+primary.port+" 2",
+			"sentinel down-after-milliseconds accounts 500", "sentinel failover-timeout accounts 3000")
+		sentinels = append(sentinels, sentinel)
+		url += "," + sentinel.addr()
+	}
+	for _, sentinel := range sentinels {
+		eventually(t, 30*time.Second, "the sentinels know each other and the replica", func() bool {
+			info, _ := redis.String(sentinel.do(t, "INFO", "sentinel"), nil)
+			return strings.Contains(info, "slaves=1,sentinels=3")
+		})
+	}
+	s := start(t, url+"/accounts/0")
+	s.expectErrors()
+	user, id := s.register(newEmail())
+	primary.do(t, "WAIT", 1, 5000)
+	primary.kill()
+	answers := map[int]int{}
+	eventually(t, time.Minute, "another primary is elected", func() bool {
+		answers[s.status("GET", "/user", "", cookie(id))]++
+		reply := sentinels[0].do(t, "SENTINEL", "get-master-addr-by-name", "accounts")
+		addr, _ := redis.Strings(reply, nil)
+		return len(addr) == 2 && addr[1] == replica.port
+	})
+	s.wantBack(200, "/user", cookie(id))
+	if delete(answers, 200); len(answers) != 1 || answers[503] == 0 {
+		t.Errorf("answers by status: %v, want 503 only until it is elected", answers)
+	}
+	s.want(200, s.signIn(user.Email))
+	for _, sentinel := range sentinels {
+		sentinel.kill()
+	}
+	s.want(200, s.signIn(user.Email))
+	s.want(200, id)
+}
+
+func TestASentinelThatKnowsLessIsPassedOver(t *testing.T) {
+	t.Parallel()
+	primary := func(addr string) string { // as a sentinel tells it
+		_, port, _ := net.SplitHostPort(addr)
+		return "*2\r\n" + bulkString("127.0.0.1") + bulkString(port)
+	}
+	says := func(role string) string {
+		f := startFakeRedis(t, func(command []string) string {
+			if command[0] == "ROLE" {
+				return role
+			}
+			return plainReply(command)
+		})
+		return primary(f.addr)
+	}
+	sentinel := func(reply string) string {
+		return startFakeRedis(t, func([]string) string { return reply }).addr
+	}
+	right := sentinel(says(plainReply([]string{"ROLE"})))
+	for name, reply := range map[string]string{
+		"has not heard of the failover":         says("*1\r\n$5\r\nslave\r\n"),
+		"names one that does not tell its role": says("-NOPERM\r\n"),
+		"names one that is away":                primary("127.0.0.1:" + freePort()),
+		"knows none of the name":                "*-1\r\n",
+		"refuses":                               "-NOAUTH\r\n",
+		"answers in another shape":              "*1\r\n$1\r\nx\r\n",
+		"says nothing":                          "",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			behind := "redis-sentinel://" + sentinel(reply)
+			for url, want := range map[string]error{
+				behind + "/accounts":               errUnavailable,
+				behind + "," + right + "/accounts": nil,
+			} {
+				began := time.Now()
+				err := openRedisSessions(t, url).Ping(t.Context())
+				if took := time.Since(began); !errors.Is(err, want) || took > 3*time.Second {
+					t.Errorf("%s: %v after %v, want %v within 3 s", url, err, took, want)
+				}
+			}
+		})
+	}
+}
+
+// privateCertificate is its own authority, for 127.0.0.1 alone.
+func privateCertificate(t *testing.T) (certificate, key []byte) {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber:          big.NewInt(1),
+		NotAfter:              time.Now().Add(24 * time.Hour),
+		IPAddresses:           []net.IP{net.IPv4(127, 0, 0, 1)},
+		IsCA:                  true,
+		BasicConstraintsValid: true,
+	}
+	public := private.Public()
+	certificate, err = x509.CreateCertificate(cryptorand.Reader, template, template, public, private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err = x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}),
+		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})
+}
+
+func TestRedisOverTLSWithAPrivateCA(t *testing.T) {
+	t.Parallel()
+	certificate, key := privateCertificate(t)
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(file, certificate, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	host := ownRedisHost(t)
+	certFile, keyFile := host.write(t, "cert.pem", certificate), host.write(t, "key.pem", key)
+	serve := func(options ...string) (admin, addr string) { // past TLS, and over it
+		port := host.port()
+		server := host.start(t, slices.Concat([]string{"--tls-port", port, "--tls-ca-cert-file", certFile,
+			"--tls-cert-file", certFile, "--tls-key-file", keyFile, "--requirepass", "s3cret"}, options)...)
+		return "redis://:s3cret@" + server.addr(), "127.0.0.1:" + port
+	}
+	launch := func(addr string, vars ...string) *service {
+		s := startProcess(t, append(vars, "REDIS_URL=rediss://:s3cret@"+addr)...)
+		s.secret("s3cret")
+		return s
+	}
+	trust := "SSL_CERT_FILE=" + file
+
+	// Two nodes of a cluster, with half of the slots each.
+	var admins, addrs []string
+	for i := range 2 {
+		bus := host.port()
+		admin, addr := serve("--tls-auth-clients", "no", "--tls-cluster", "yes", "--cluster-enabled", "yes",
+			"--cluster-port", bus, "--cluster-config-file", bus+".nodes",
+			"--cluster-announce-hostname", "localhost")
+		redisDo(t, admin, "CLUSTER", "ADDSLOTSRANGE", 8192*i, 8192*i+8191)
+		admins, addrs = append(admins, admin), append(addrs, addr)
+		if i == 1 {
+			_, port, _ := net.SplitHostPort(addr)
+			redisDo(t, admins[0], "CLUSTER", "MEET", "127.0.0.1", port, bus)
+		}
+	}
+	for _, admin := range admins {
+		eventually(t, 30*time.Second, "the cluster serves", func() bool {
+			info, _ := redis.String(redisDo(t, admin, "CLUSTER", "INFO"), nil)
+			return strings.Contains(info, "cluster_state:ok")
+		})
+	}
+	s := launch(addrs[0], trust)
+	s.wantTurns(20) // on both
+	s.log.find(t, "Redis is a cluster")
+
+	_, strict := serve("--tls-auth-clients", "yes")
+	for _, tt := range []struct{ addr, vars, cause string }{
+		{addrs[0], "", "certificate signed by unknown authority"},
+		{strict, trust, "certificate required"},
+		{addrs[0], trust, "wanted to match localhost"}, // which is what MOVED calls the other node now
+	} {
+		if tt.cause == "wanted to match localhost" {
+			for _, admin := range admins {
+				redisDo(t, admin, "CONFIG", "SET", "cluster-preferred-endpoint-type", "hostname")
+			}
+		}
+		s := launch(tt.addr, tt.vars)
+		s.expectErrors()
+		eventually(t, 10*time.Second, tt.cause, func() bool {
+			s.status("GET", "/user", "", cookie(newUUID()))
+			return strings.Contains(s.log.String(), tt.cause)
+		})
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Faults: SQLite
 
 // lockFile begins a write to a file that does not end before unlock.
 func lockFile(t testing.TB, path string) (unlock func()) {
@@ -6263,7 +6264,8 @@ func TestAFullDiskIs503AndLosesNothing(t *testing.T) {
 	s.holds(&accounts)
 }
 
-// --- Faults: crash
+// ---------------------------------------------------------------------------------------------------
+// Faults: crash
 
 func TestACrashLosesNothingThatWasAnswered(t *testing.T) {
 	each(t, func(t *testing.T, backend string) {
@@ -6312,7 +6314,8 @@ func TestACrashLosesNothingThatWasAnswered(t *testing.T) {
 	})
 }
 
-// --- Faults: clients that misbehave
+// ---------------------------------------------------------------------------------------------------
+// Faults: clients that misbehave
 
 func TestClientsThatMisbehave(t *testing.T) {
 	t.Parallel()
@@ -6372,7 +6375,8 @@ func TestClientsThatMisbehave(t *testing.T) {
 	s.register(newEmail())
 }
 
-// --- Faults: rolling out
+// ---------------------------------------------------------------------------------------------------
+// Faults: rolling out
 
 func TestRollingOutLosesNoRequest(t *testing.T) {
 	t.Parallel()

@@ -374,7 +374,7 @@ var (
 	errClosed     = errors.New("the session store is closed")
 	errQueueFull  = errors.New("too many requests wait for Redis")
 	errNoTime     = errors.New("no time is left for Redis")
-	errBlocked    = errors.New("Redis has not read what was sent before in time")
+	errBlocked    = errors.New("what was sent before has not been read in time")
 	errConnecting = errors.New("connecting takes longer than a request can wait")
 	errHungUp     = errors.New("closed the connection")
 	errReplyShape = errors.New("a reply of the wrong shape")
