@@ -2990,7 +2990,7 @@ func TestEverNewNetworksPassNobodyBy(t *testing.T) {
 func TestALineThatWasPassedOverHoldsNobodyUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(2)
-		ended, ahead := 0, 0
+		var ended, ahead atomic.Int64
 		var asked sync.WaitGroup
 		ask := func(account, addr string, takes time.Duration, end func(*try)) {
 			asked.Go(func() {
@@ -3000,10 +3000,10 @@ func TestALineThatWasPassedOverHoldsNobodyUp(t *testing.T) {
 					return
 				}
 				if addr != oneAddr {
-					ahead = ended
+					ahead.Store(ended.Load())
 				}
 				time.Sleep(takes)
-				ended++
+				ended.Add(1)
 				end(try)
 			})
 			synctest.Wait()
@@ -3012,7 +3012,7 @@ func TestALineThatWasPassedOverHoldsNobodyUp(t *testing.T) {
 			ask("id his own", oneAddr, 0, (*try).fail)
 			asked.Wait()
 		}
-		ended = 0
+		ended.Store(0)
 		ask("email other", oneAddr, time.Millisecond, (*try).fail) // in the second slot, for a moment
 		for range maxLine - 1 {
 			ask("id his own", oneAddr, 10*time.Millisecond, (*try).succeed)
@@ -3021,8 +3021,8 @@ func TestALineThatWasPassedOverHoldsNobodyUp(t *testing.T) {
 		time.Sleep(2 * time.Millisecond) // the last one has the slot
 		ask("id somebody's", "203.0.113.99", 0, (*try).succeed)
 		asked.Wait()
-		if ahead > 4 {
-			t.Errorf("%d of one network came before another's try, want about one a slot", ahead)
+		if ahead.Load() > 4 {
+			t.Errorf("%d of one network came before another's try, want about one a slot", ahead.Load())
 		}
 	})
 }

@@ -1152,7 +1152,7 @@ func closeNow(socket net.Conn) {
 
 // replyReader reads replies of RESP 2, https://redis.io/docs/latest/develop/reference/protocol-spec/. Each
 // method reads one reply. Two errors stay until they are looked at: what Redis refused, which is the trouble
-// of one operation, and what is wrong with the stream. (redigo's reader allocates whatever a reply announces.)
+// of one operation, and what is wrong with the stream. (redigo's reader allocates what a reply announces.)
 type replyReader struct {
 	in      *bufio.Reader
 	budget  int    // bytes that may still be read for this operation
@@ -1225,8 +1225,8 @@ func (r *replyReader) spend(n int) bool {
 	return r.err == nil
 }
 
-// number reads an integer (':'), none of which is negative here, or the number that begins an array ('*') or a
-// bulk string ('$'). Null, a refusal and an error of the stream are -1.
+// number reads an integer (':'), none of which is negative here, or the number that begins an array ('*') or
+// a bulk string ('$'). Null, a refusal and an error of the stream are -1.
 func (r *replyReader) number(kind byte) int {
 	line := r.line(kind)
 	if line == nil {
@@ -1308,7 +1308,8 @@ type redisTarget struct {
 }
 
 const redisURLForms = "redis://[[user]:password@]host[:port][,host[:port]…][/database], " +
-	"rediss://… the same over TLS, or redis-sentinel://[[user]:password@]host[:port][,host[:port]…]/primary[/database], " +
+	"rediss://… the same over TLS, or " +
+	"redis-sentinel://[[user]:password@]host[:port][,host[:port]…]/primary[/database], " +
 	"with special characters percent-encoded"
 
 // parseRedisURL reads a URL of one of redisURLForms. Its errors tell nothing of the text: it may hold a

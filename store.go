@@ -492,9 +492,9 @@ func (db *database) outcome(doing string, err error) error {
 	return storeError(doing, err)
 }
 
-// foldBack folds the write-ahead log into the file that was opened, closes all connections and notes the error
-// that says so. SQLite would leave the log where it is, and whoever next opens the file that now stands at the
-// path would play it into that one. (https://www.sqlite.org/howtocorrupt.html, section 1.4)
+// foldBack folds the write-ahead log into the file that was opened, closes all connections and notes the
+// error that says so. SQLite would leave the log where it is, and whoever next opens the file that now stands
+// at the path would play it into that one. (https://www.sqlite.org/howtocorrupt.html, section 1.4)
 func (db *database) foldBack() {
 	ctx, cancel := context.WithTimeout(context.Background(), writeTimeout)
 	defer cancel()
