@@ -42,13 +42,14 @@ var schema string
 
 // database is the SQLite file. The original program may use the same file at the same time.
 type database struct {
-	path    string
-	opened  []openedFile  // the file, and its write-ahead log
-	writer  *sql.DB       // one connection, as SQLite allows one writer
-	reader  *sql.DB       // several, which in WAL mode never wait for the writer
-	reading chan struct{} // an element for each read in progress
-	abandon sync.Once
-	gone    atomic.Pointer[error] // set once the file is not the one that was opened
+	path     string
+	opened   []openedFile  // the file, and its write-ahead log
+	writer   *sql.DB       // one connection, as SQLite allows one writer
+	reader   *sql.DB       // several, which in WAL mode never wait for the writer
+	reading  chan struct{} // an element for each read in progress
+	abandon  sync.Once
+	lookedAt atomic.Int64          // when readSession last looked, Unix milliseconds
+	gone     atomic.Pointer[error] // set once the file is not the one that was opened
 
 	userByEmail      *sql.Stmt
 	usersByEmailCase *sql.Stmt
@@ -423,9 +424,27 @@ func (db *database) ReplacePasswordHash(ctx context.Context, userID, oldHash, ne
 	})
 }
 
-// read makes a query when a reading connection is free. The query is not bound to ctx: the driver would start
-// a goroutine to watch it, and close the connection that it interrupts.
+// read makes a query, and looks whether the file is still the one that was opened.
 func (db *database) read(ctx context.Context, doing string, query func() error) error {
+	return db.outcome(doing, db.query(ctx, query))
+}
+
+// readSession is read for lookups of sessions. A look at the files costs as much as the query, so it is taken
+// ten times a second.
+func (db *database) readSession(ctx context.Context, query func() error) error {
+	const doing = "looking a session up"
+	err := db.query(ctx, query)
+	now := time.Now().UnixMilli()
+	if db.gone.Load() == nil && now-db.lookedAt.Load() < 100 {
+		return storeError(doing, err)
+	}
+	db.lookedAt.Store(now)
+	return db.outcome(doing, err)
+}
+
+// query makes a query when a reading connection is free. It is not bound to ctx: the driver would start a
+// goroutine to watch it, and close the connection that it interrupts.
+func (db *database) query(ctx context.Context, query func() error) error {
 	select {
 	case db.reading <- struct{}{}:
 	default:
@@ -434,11 +453,11 @@ func (db *database) read(ctx context.Context, doing string, query func() error) 
 		select {
 		case db.reading <- struct{}{}:
 		case <-ctx.Done():
-			return storeError(doing, ctx.Err())
+			return ctx.Err()
 		}
 	}
 	defer func() { <-db.reading }()
-	return db.outcome(doing, query())
+	return query()
 }
 
 // change is the body of a write transaction.
@@ -564,7 +583,7 @@ func (s *sqliteSessions) Create(ctx context.Context, id string, user User, ttl t
 
 func (s *sqliteSessions) Get(ctx context.Context, id string) (User, error) {
 	var user User
-	err := s.db.read(ctx, "looking a session up", func() error {
+	err := s.db.readSession(ctx, func() error {
 		row := s.db.sessionByHash.QueryRow(hashID(id), time.Now().UnixMilli())
 		err := row.Scan(&user.ID, &user.Name, &user.Email, &user.CreatedAt, &user.UpdatedAt)
 		if errors.Is(err, sql.ErrNoRows) {
