@@ -237,19 +237,17 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 		return 0, nil, err
 	}
 	client := s.clientOf(r)
-	try := s.gate.newRegistration(client)
-	defer try.leave()
-	passwordHash, err := s.hashForRegistration(r.Context(), form, try)
+	passwordHash, err := s.hashForRegistration(r.Context(), form["password"], client)
 	if err != nil {
 		return 0, nil, err
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
-	user, id, err := s.createAccount(ctx, form, passwordHash, try)
+	user, id, err := s.createAccount(ctx, form, passwordHash)
 	if err != nil {
 		return 0, nil, err
 	}
-	s.gate.rememberAccount(accountOf(user), client)
+	s.gate.remember(accountOf(user), client)
 	if old := sessionID(r); old != "" {
 		s.deleteSession(ctx, old) // if that fails, the log says so; the account is made
 	}
@@ -259,21 +257,20 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	return http.StatusCreated, registration{User: user, SessionID: id}, nil
 }
 
-// hashForRegistration returns the hash of a form's password. Whether the email is taken is not asked before:
-// a registration costs a bcrypt whatever comes of it, so what is counted cannot grow faster than bcrypt runs.
-func (s *server) hashForRegistration(
-	ctx context.Context, form map[string]string, try *try,
-) (string, error) {
+// hashForRegistration returns the password's hash. The registration is counted whatever comes of it.
+func (s *server) hashForRegistration(ctx context.Context, password string, c client) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, queueTimeout, errTooBusy)
 	defer cancel()
-	if err := try.enter(ctx); err != nil {
+	try := s.gate.newRegistration(c)
+	if err := try.acquire(ctx); err != nil {
 		return "", err
 	}
-	defer try.freeSlot()
-	hash, err := bcrypt.GenerateFromPassword([]byte(form["password"]), s.cfg.bcryptCost)
+	defer try.release()
+	hash, err := bcrypt.GenerateFromPassword([]byte(password), s.cfg.bcryptCost)
 	if err != nil {
 		return "", fmt.Errorf("hashing a password: %w", err)
 	}
+	try.count()
 	return string(hash), nil
 }
 
@@ -281,7 +278,7 @@ func (s *server) hashForRegistration(
 // without half states: the session comes first, and is deleted when the account cannot follow. Nobody knows
 // its id before that.
 func (s *server) createAccount(
-	ctx context.Context, form map[string]string, passwordHash string, try *try,
+	ctx context.Context, form map[string]string, passwordHash string,
 ) (user User, id string, err error) {
 	now := time.Now().UTC().Format(timeFormat)
 	user = User{
@@ -297,9 +294,6 @@ func (s *server) createAccount(
 		return User{}, "", err
 	}
 	err = s.accountWatch.see(ctx, s.accounts.InsertUser(ctx, user, form["email"], passwordHash))
-	if err == nil || errors.Is(err, errEmailTaken) {
-		try.fail() // registrations count, whatever comes of them
-	}
 	if err != nil {
 		s.discardSession(id)
 		return User{}, "", err
@@ -362,10 +356,10 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 		account = "email " + strings.ToLower(strings.TrimSpace(email))
 	}
 	try := s.gate.newSignIn(account, c)
-	if err := try.enter(ctx); err != nil {
+	if err := try.acquire(ctx); err != nil {
 		return User{}, "", err
 	}
-	defer try.leave()
+	defer try.release()
 	usable := isUsable(passwordHash)
 	if found && !usable {
 		s.repeats.log(slog.LevelWarn, "password hash not usable", "user", user.ID)
@@ -374,12 +368,12 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 		passwordHash = dummyHash(s.cfg.bcryptCost)
 	}
 	if !s.isPassword(passwordHash, password) || !usable {
-		try.fail()
+		try.count()
 		s.events.refused.Add(1)
 		s.log.Info("sign-in refused", "user", user.ID, "client", c.addr)
 		return User{}, "", errWrongPassword
 	}
-	try.succeed()
+	s.gate.remember(account, c)
 	return user, passwordHash, nil
 }
 
@@ -439,10 +433,10 @@ func (s *server) hashAnew(password string) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(context.Background(), queueTimeout, errTooBusy)
 	defer cancel()
 	try := s.gate.newTry(netip.Prefix{})
-	if err := try.enter(ctx); err != nil {
+	if err := try.acquire(ctx); err != nil {
 		return "", err
 	}
-	defer try.leave()
+	defer try.release()
 	hash, err := bcrypt.GenerateFromPassword([]byte(firstBytes(password)), s.cfg.bcryptCost)
 	return string(hash), err
 }
@@ -948,41 +942,41 @@ func (r *repeats) flush() {
 	}
 }
 
-// Bounds of the gate. Counts take up to 25 MB, known pairs 10. Past that some are forgotten at random.
 const (
-	maxQueue  = 256          // tries that wait
-	maxLine   = maxQueue / 4 // those of one network
-	maxCounts = 1 << 17
-	maxKnown  = 1 << 17
+	maxQueue = 256          // tries that wait
+	maxLine  = maxQueue / 4 // those of one network
+	maxKnown = 1 << 17      // known pairs, some 5 MB; past that some are forgotten at random
 )
 
-// gate decides which tries to sign in or to register may run bcrypt, and when. It lets in as many as there
-// are slots, as long as none of them could exceed a limit on failures.
+// gate decides which tries to sign in or to register may run bcrypt, and when: it is a rate limit on failures
+// and a fair queue. Known pairs are exempt from one of the limits.
 //
-// A try that has to wait stands in a queue that is sorted by turn. It has the turn after that of the latest
-// one let in, or after that of its network's last one in the queue. So networks alternate: a long line of
-// one holds up no other, and ever new networks pass nobody by.
+// The rate limit is the generic cell rate algorithm (GCRA): a count is the time at which all of its failures
+// are forgiven, and each failure adds an interval. Nothing is reserved for tries in flight. They may all fail,
+// and so exceed a limit by fewer than there are slots; what follows waits for as much longer.
+//
+// The fair queue (start-time fair queueing) is sorted by turn. A try has the turn after that of the latest one
+// admitted, or after that of its network's last one in the queue. So networks alternate: a long line of one
+// holds up no other, and ever new networks pass nobody by.
 type gate struct {
-	slots int
+	slots int // for bcrypt
 
-	mu     sync.Mutex
-	taken  int // slots
-	turn   int // the latest that was let in
-	queue  []*try
-	counts map[countKey]count
-	known  map[countKey]bool // pairs of an account and a network from which it has signed in
+	mu      sync.Mutex
+	taken   int // slots
+	turn    int // the latest that was admitted
+	queue   []*try
+	counts  map[countKey]time.Time
+	sweepAt int               // how many counts there are when those that are over are deleted
+	known   map[countKey]bool // pairs of an account and a network from which it has signed in
 }
 
 // try is one try to sign in, to register or to store a hash anew.
 type try struct {
-	gate    *gate
-	network netip.Prefix
-	limits  []limit
-	pair    countKey // of account and network; succeed uses it
-	turn    int
-	decided chan error // gets nil when the try is let in, or the reason why not
-	inSlot  bool
-	running bool // let in, and not ended: has room for a failure in each of its counts
+	gate     *gate
+	network  netip.Prefix
+	limits   []limit
+	turn     int
+	admitted chan error // gets nil when the try is admitted, or the reason why not
 }
 
 // limit allows burst failures at once, then one more each interval.
@@ -993,27 +987,20 @@ type limit struct {
 }
 
 // countKey is a hash of what is counted, as a client may send a long email.
-type countKey [sha256.Size]byte
+type countKey [16]byte
 
 func newCountKey(kind, account string, network netip.Prefix) countKey {
-	return sha256.Sum256([]byte(kind + " " + network.String() + " " + account))
+	sum := sha256.Sum256([]byte(kind + " " + network.String() + " " + account))
+	return countKey(sum[:16])
 }
-
-// count holds the failures of one key, as the generic cell rate algorithm does.
-type count struct {
-	emptyAt time.Time // when all are forgiven; each failure adds an interval
-	running int       // tries that may yet fail
-}
-
-func (c count) isEmpty(now time.Time) bool { return c.running == 0 && !c.emptyAt.After(now) }
 
 func newGate(slots int) *gate {
-	return &gate{slots: slots, counts: map[countKey]count{}, known: map[countKey]bool{}}
+	return &gate{slots: slots, counts: map[countKey]time.Time{}, known: map[countKey]bool{}}
 }
 
-// newTry returns a try that no limit holds up.
+// newTry returns a try without limits.
 func (g *gate) newTry(network netip.Prefix) *try {
-	return &try{gate: g, network: network, decided: make(chan error, 1)}
+	return &try{gate: g, network: network, admitted: make(chan error, 1)}
 }
 
 // newRegistration returns a try to register.
@@ -1029,11 +1016,11 @@ func (g *gate) newRegistration(c client) *try {
 // newSignIn returns a try to sign in to an account.
 func (g *gate) newSignIn(account string, c client) *try {
 	t := g.newRegistration(c)
-	t.pair = newCountKey("pair", account, t.network)
-	t.limits = append(t.limits, limit{burst: 10, interval: time.Minute, key: t.pair})
+	pair := newCountKey("pair", account, t.network)
+	t.limits = append(t.limits, limit{burst: 10, interval: time.Minute, key: pair})
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if !g.known[t.pair] {
+	if !g.known[pair] {
 		key := newCountKey("account", account, netip.Prefix{})
 		t.limits = append(t.limits, limit{burst: 100, interval: time.Minute / 10, key: key})
 	}
@@ -1047,28 +1034,27 @@ func (g *gate) load() (taken, waiting int) {
 	return g.taken, len(g.queue)
 }
 
-// enter waits until the try is let in, or for ctx to end; then the error is ctx's cause. It is a
-// throttledError where a limit is reached, errTooBusy where too many wait already. Who was let in must call
-// leave.
-func (t *try) enter(ctx context.Context) error {
-	if err := t.gate.queueUp(t); err != nil {
+// acquire waits for a slot, which release gives back, or for ctx to end; then the error is ctx's cause. It is
+// a throttledError where a limit is reached, errTooBusy where too many wait already.
+func (t *try) acquire(ctx context.Context) error {
+	if err := t.gate.enqueue(t); err != nil {
 		return err
 	}
 	select {
-	case err := <-t.decided:
+	case err := <-t.admitted:
 		return err
 	case <-ctx.Done():
-		t.leave()
+		t.cancel()
 		return context.Cause(ctx)
 	}
 }
 
-// queueUp decides on t at once, or puts it into the queue.
-func (g *gate) queueUp(t *try) error {
+// enqueue puts t into the queue, unless it could only be refused.
+func (g *gate) enqueue(t *try) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.decide(t, time.Now()) { // who waits although a slot is free waits for room
-		return nil
+	if wait := g.wait(t.limits, time.Now()); wait > 0 {
+		return throttledError{wait}
 	}
 	t.turn = g.turn + 1
 	line := 0
@@ -1086,163 +1072,88 @@ func (g *gate) queueUp(t *try) error {
 		place--
 	}
 	g.queue = slices.Insert(g.queue, place, t)
+	g.admit()
 	return nil
 }
 
-// decide lets t in or refuses it, and tells whether it did. The caller holds g.mu, as all those do that call
-// what follows.
-func (g *gate) decide(t *try, now time.Time) bool {
-	wait, room := g.look(t.limits, now)
-	if wait > 0 {
-		t.decided <- throttledError{wait}
-		return true
-	}
-	if !room || g.taken >= g.slots {
-		return false
-	}
-	if len(g.counts)+len(t.limits) > maxCounts {
-		g.forgetSome(now)
-	}
-	for _, l := range t.limits {
-		c := g.counts[l.key]
-		c.running++
-		g.counts[l.key] = c
-	}
-	g.turn = max(g.turn, t.turn)
-	g.taken++
-	t.inSlot = true
-	t.running = true
-	t.decided <- nil
-	return true
-}
-
-// look returns how long it takes until the failures so far leave room for one more: 0 if they do now. It also
-// tells whether there would be room if all tries that run failed. A count has room for one more failure while
-// at most burst-1 intervals are left until it is empty.
-func (g *gate) look(limits []limit, now time.Time) (wait time.Duration, roomBesideRunning bool) {
-	roomBesideRunning = true
-	for _, l := range limits {
-		c := g.counts[l.key]
-		level := max(0, c.emptyAt.Sub(now)) // of the zero time, too, which is farther than a Duration holds
-		most := time.Duration(l.burst-1) * l.interval
-		wait = max(wait, level-most)
-		if level+time.Duration(c.running)*l.interval > most {
-			roomBesideRunning = false
-		}
-	}
-	return wait, roomBesideRunning
-}
-
-// forgetSome makes room for an eighth of the counts: of those that are empty first, then of any.
-func (g *gate) forgetSome(now time.Time) {
-	maps.DeleteFunc(g.counts, func(_ countKey, c count) bool { return c.isEmpty(now) })
-	for key, c := range g.counts {
-		if len(g.counts) <= maxCounts-maxCounts/8 {
-			return
-		}
-		if c.running == 0 {
-			delete(g.counts, key)
-		}
-	}
-}
-
-// admit goes along the queue, and decides on whom it can.
+// admit gives the free slots to the next tries in the queue, and refuses those that have reached a limit. The
+// caller holds g.mu.
 func (g *gate) admit() {
 	now := time.Now()
-	waiting := g.queue[:0]
-	for _, t := range g.queue {
-		if !g.decide(t, now) {
-			waiting = append(waiting, t)
+	for g.taken < g.slots && len(g.queue) > 0 {
+		t := g.queue[0]
+		g.queue = slices.Delete(g.queue, 0, 1)
+		if wait := g.wait(t.limits, now); wait > 0 {
+			t.admitted <- throttledError{wait}
+			continue
 		}
-	}
-	clear(g.queue[len(waiting):])
-	g.queue = waiting
-	if len(waiting) > 0 { // or who comes next would stand behind a line that was only passed over
-		g.turn = min(g.turn, waiting[0].turn)
+		g.taken++
+		g.turn = t.turn
+		t.admitted <- nil
 	}
 }
 
-// freeSlot gives back t's slot, not yet its room for a failure: for tries that go on without bcrypt.
-func (t *try) freeSlot() {
-	t.gate.mu.Lock()
-	defer t.gate.mu.Unlock()
-	t.gate.vacate(t)
-	t.gate.admit()
+// wait returns how long it takes until none of the limits is reached: 0 if none is. A count has room for a
+// failure while at most burst-1 intervals are left of it. The caller holds g.mu.
+func (g *gate) wait(limits []limit, now time.Time) time.Duration {
+	var wait time.Duration
+	for _, l := range limits {
+		left := max(0, g.counts[l.key].Sub(now)) // of no count, too
+		wait = max(wait, left-time.Duration(l.burst-1)*l.interval)
+	}
+	return wait
 }
 
-func (g *gate) vacate(t *try) {
-	if t.inSlot {
-		t.inSlot = false
-		g.taken--
+// cancel takes t out of the queue, or gives back the slot that it has got meanwhile.
+func (t *try) cancel() {
+	g := t.gate
+	g.mu.Lock()
+	place := slices.Index(g.queue, t)
+	if place >= 0 {
+		g.queue = slices.Delete(g.queue, place, place+1)
+	}
+	g.mu.Unlock()
+	if place < 0 && <-t.admitted == nil {
+		t.release()
 	}
 }
 
-// fail ends a try that was let in, and counts it against its limits.
-func (t *try) fail() {
+// release gives back the slot of a try that was admitted.
+func (t *try) release() {
 	g := t.gate
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	now := time.Now()
-	for _, l := range t.limits {
-		c := g.counts[l.key]
-		if c.emptyAt.Before(now) {
-			c.emptyAt = now
-		}
-		c.emptyAt = c.emptyAt.Add(l.interval)
-		g.counts[l.key] = c
-	}
-	g.end(t)
-}
-
-// succeed ends a sign-in that was let in. It clears the failures of the account from this network.
-func (t *try) succeed() {
-	g := t.gate
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	c := g.counts[t.pair]
-	c.emptyAt = time.Time{}
-	g.counts[t.pair] = c
-	g.remember(t.pair)
-	g.end(t)
-}
-
-// leave ends a try without a verdict, wherever it stands. After fail or succeed it does nothing.
-func (t *try) leave() {
-	g := t.gate
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.queue = slices.DeleteFunc(g.queue, func(other *try) bool { return other == t })
-	g.end(t)
-}
-
-// end takes back all that t has, and lets others have it.
-func (g *gate) end(t *try) {
-	if !t.running {
-		return
-	}
-	t.running = false
-	now := time.Now()
-	for _, l := range t.limits {
-		c := g.counts[l.key]
-		c.running--
-		g.counts[l.key] = c
-		if c.isEmpty(now) {
-			delete(g.counts, l.key)
-		}
-	}
-	g.vacate(t)
+	g.taken--
 	g.admit()
 }
 
-// rememberAccount notes that an account belongs to somebody in this network: other networks' failures do not
-// keep them out.
-func (g *gate) rememberAccount(account string, c client) {
+// count counts a try against its limits: a sign-in that failed, or a registration. Only tries that ran bcrypt
+// are counted, so the map cannot grow faster than bcrypt runs. It is swept when it has doubled.
+func (t *try) count() {
+	g := t.gate
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.remember(newCountKey("pair", account, c.network()))
+	now := time.Now()
+	if len(g.counts) >= g.sweepAt {
+		maps.DeleteFunc(g.counts, func(_ countKey, end time.Time) bool { return end.Before(now) })
+		g.sweepAt = 2*len(g.counts) + 1000
+	}
+	for _, l := range t.limits {
+		end := g.counts[l.key]
+		if end.Before(now) {
+			end = now
+		}
+		g.counts[l.key] = end.Add(l.interval)
+	}
 }
 
-func (g *gate) remember(pair countKey) {
+// remember notes that an account has signed in or registered from c's network. Its failures from there are
+// forgiven, and other networks' failures do not keep it out.
+func (g *gate) remember(account string, c client) {
+	pair := newCountKey("pair", account, c.network())
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.counts, pair)
 	for other := range g.known {
 		if len(g.known) < maxKnown {
 			break
