@@ -52,24 +52,24 @@ const (
 
 // server answers requests.
 type server struct {
-	cfg          serverConfig
-	accounts     *database
-	sessions     SessionStore
-	gate         *gate
-	log          *slog.Logger
-	repeats      *repeats
-	accountWatch *storeWatch
-	sessionWatch *storeWatch
-	mux          *http.ServeMux
-	paths        map[string]bool // that have a route
-	crossOrigin  http.CrossOriginProtection
-	draining     atomic.Bool    // the service is about to stop: each answer closes its connection
-	background   sync.WaitGroup // work that goes on after its answer
-	warnOfProxy  sync.Once
-	started      time.Time
-	inFlight     atomic.Int64 // requests
-	answers      expvar.Map   // how many, by route and status
-	events       serverEvents
+	cfg           serverConfig
+	accounts      *database
+	sessions      SessionStore
+	gate          *gate
+	log           *slog.Logger
+	limited       *limitedLog
+	accountHealth *storeHealth
+	sessionHealth *storeHealth
+	mux           *http.ServeMux
+	paths         map[string]bool // that have a route
+	crossOrigin   http.CrossOriginProtection
+	draining      atomic.Bool    // the service is about to stop: each answer closes its connection
+	background    sync.WaitGroup // work that goes on after its answer
+	warnOfProxy   sync.Once
+	started       time.Time
+	inFlight      atomic.Int64 // requests
+	answers       expvar.Map   // how many, by route and status
+	events        serverEvents
 }
 
 // serverEvents counts since the start.
@@ -87,19 +87,19 @@ type serverEvents struct {
 type handler func(w http.ResponseWriter, r *http.Request) (status int, body any, err error)
 
 func newServer(cfg serverConfig, db *database, sessions SessionStore, log *slog.Logger) *server {
-	repeats := newRepeats(log)
+	limited := &limitedLog{lines: map[lineKey]*limitedLine{}}
 	s := &server{
-		cfg:          cfg,
-		accounts:     db,
-		sessions:     sessions,
-		gate:         newGate(cfg.bcryptSlots),
-		log:          log,
-		repeats:      repeats,
-		accountWatch: &storeWatch{store: "accounts", log: log, repeats: repeats},
-		sessionWatch: &storeWatch{store: "sessions", log: log, repeats: repeats},
-		mux:          http.NewServeMux(),
-		paths:        map[string]bool{},
-		started:      time.Now(),
+		cfg:           cfg,
+		accounts:      db,
+		sessions:      sessions,
+		gate:          newGate(cfg.bcryptSlots),
+		log:           log,
+		limited:       limited,
+		accountHealth: &storeHealth{log: log.With("store", "accounts"), limited: limited},
+		sessionHealth: &storeHealth{log: log.With("store", "sessions"), limited: limited},
+		mux:           http.NewServeMux(),
+		paths:         map[string]bool{},
+		started:       time.Now(),
 	}
 	s.route("/user", map[string]handler{"GET": s.showUser, "POST": s.register})
 	s.route("/user/signin", map[string]handler{"POST": s.signIn})
@@ -144,15 +144,15 @@ func (s *server) metrics() map[string]any {
 		"sign_ins_refused_total":     s.events.refused.Load(),
 		"throttled_total":            s.events.throttled.Load(),
 		"too_busy_total":             s.events.tooBusy.Load(),
-		"session_store_errors_total": s.sessionWatch.errors.Load(),
-		"account_store_errors_total": s.accountWatch.errors.Load(),
+		"session_store_errors_total": s.sessionHealth.errors.Load(),
+		"account_store_errors_total": s.accountHealth.errors.Load(),
 		"answers_total":              json.RawMessage(s.answers.String()),
 		"bcrypts_running":            running,
 		"sign_ins_waiting":           waiting,
 		"requests_in_flight":         s.inFlight.Load(),
 		"uptime_seconds":             time.Since(s.started).Seconds(),
-		"sessions_away_seconds":      s.sessionWatch.away().Seconds(),
-		"accounts_away_seconds":      s.accountWatch.away().Seconds(),
+		"sessions_away_seconds":      s.sessionHealth.away().Seconds(),
+		"accounts_away_seconds":      s.accountHealth.away().Seconds(),
 	}
 }
 
@@ -289,11 +289,11 @@ func (s *server) createAccount(
 		UpdatedAt: now,
 	}
 	id = newUUID()
-	err = s.sessionWatch.see(ctx, s.sessions.Create(ctx, id, user, s.cfg.sessionTTL))
+	err = s.sessionHealth.observe(ctx, s.sessions.Create(ctx, id, user, s.cfg.sessionTTL))
 	if err != nil {
 		return User{}, "", err
 	}
-	err = s.accountWatch.see(ctx, s.accounts.InsertUser(ctx, user, form["email"], passwordHash))
+	err = s.accountHealth.observe(ctx, s.accounts.InsertUser(ctx, user, form["email"], passwordHash))
 	if err != nil {
 		s.discardSession(id)
 		return User{}, "", err
@@ -307,7 +307,7 @@ func (s *server) discardSession(id string) {
 }
 
 func (s *server) deleteSession(ctx context.Context, id string) error {
-	return s.sessionWatch.see(ctx, s.sessions.Delete(ctx, id))
+	return s.sessionHealth.observe(ctx, s.sessions.Delete(ctx, id))
 }
 
 func (s *server) signIn(w http.ResponseWriter, r *http.Request) (int, any, error) {
@@ -325,7 +325,7 @@ func (s *server) signIn(w http.ResponseWriter, r *http.Request) (int, any, error
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
 	id := newUUID()
-	err = s.sessionWatch.see(ctx, s.sessions.Create(ctx, id, user, s.cfg.sessionTTL))
+	err = s.sessionHealth.observe(ctx, s.sessions.Create(ctx, id, user, s.cfg.sessionTTL))
 	if err != nil {
 		return 0, nil, err
 	}
@@ -348,7 +348,7 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 	defer cancel()
 	user, passwordHash, err := s.accounts.UserByEmail(ctx, email)
 	found := err == nil
-	if s.accountWatch.see(ctx, err) != nil && !errors.Is(err, errUserNotFound) {
+	if s.accountHealth.observe(ctx, err) != nil && !errors.Is(err, errUserNotFound) {
 		return User{}, "", err
 	}
 	account := accountOf(user)
@@ -362,7 +362,7 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 	defer try.release()
 	usable := isUsable(passwordHash)
 	if found && !usable {
-		s.repeats.log(slog.LevelWarn, "password hash not usable", "user", user.ID)
+		s.limited.log(s.log, slog.LevelWarn, "password hash not usable", "user", user.ID)
 	}
 	if !usable {
 		passwordHash = dummyHash(s.cfg.bcryptCost)
@@ -423,7 +423,7 @@ func (s *server) upgradeHash(userID, oldHash, password string) {
 		err = s.accounts.ReplacePasswordHash(context.Background(), userID, oldHash, newHash)
 	}
 	if err != nil {
-		s.repeats.log(slog.LevelWarn, "password hash not upgraded", "user", userID, "err", err)
+		s.limited.log(s.log, slog.LevelWarn, "password hash not upgraded", "user", userID, "err", err)
 	}
 }
 
@@ -448,7 +448,7 @@ func (s *server) showUser(w http.ResponseWriter, r *http.Request) (int, any, err
 	}
 	s.events.lookups.Add(1)
 	user, err := s.sessions.Get(r.Context(), id)
-	if s.sessionWatch.see(r.Context(), err) != nil {
+	if s.sessionHealth.observe(r.Context(), err) != nil {
 		return 0, nil, err
 	}
 	w.Header()["X-User-Id"] = []string{user.ID}
@@ -481,11 +481,9 @@ func (s *server) health(w http.ResponseWriter, r *http.Request) (int, any, error
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
 	sessions := make(chan error, 1)
-	go func() { sessions <- s.sessionWatch.see(ctx, s.sessions.Ping(ctx)) }()
-	if err := s.accountWatch.see(ctx, s.accounts.Ping(ctx)); err != nil {
-		return 0, nil, err
-	}
-	if err := <-sessions; err != nil {
+	go func() { sessions <- s.sessionHealth.observe(ctx, s.sessions.Ping(ctx)) }()
+	err := s.accountHealth.observe(ctx, s.accounts.Ping(ctx))
+	if err := errors.Join(err, <-sessions); err != nil {
 		return 0, nil, err
 	}
 	return http.StatusOK, map[string]string{"status": "ok"}, nil
@@ -722,7 +720,7 @@ type throttledError struct {
 func (e throttledError) Error() string { return fmt.Sprintf("throttled for %v", e.wait) }
 
 // problemOf is the one place where an error becomes a status. It counts and logs what the operator should
-// know, but for errors of the stores, which their storeWatch has logged. The text of internal errors never
+// know, but for errors of the stores, which storeHealth has logged. The text of internal errors never
 // reaches the client.
 func (s *server) problemOf(r *http.Request, err error) *problem {
 	if p, ok := errors.AsType[*problem](err); ok {
@@ -730,7 +728,7 @@ func (s *server) problemOf(r *http.Request, err error) *problem {
 	}
 	if throttled, ok := errors.AsType[throttledError](err); ok {
 		s.events.throttled.Add(1)
-		s.repeats.log(slog.LevelInfo, "throttled", "path", r.URL.Path, "client", s.clientOf(r).addr)
+		s.limited.log(s.log, slog.LevelInfo, "throttled", "path", r.URL.Path, "client", s.clientOf(r).addr)
 		return retryLater(http.StatusTooManyRequests, throttled.wait,
 			"Too many tries. Wait before the next one.")
 	}
@@ -744,69 +742,68 @@ func (s *server) problemOf(r *http.Request, err error) *problem {
 			"This email is registered already. Sign in, or use another one.")
 	case errors.Is(err, errTooBusy):
 		s.events.tooBusy.Add(1)
-		s.repeats.log(slog.LevelWarn, "too busy", "path", r.URL.Path, "client", s.clientOf(r).addr)
+		s.limited.log(s.log, slog.LevelWarn, "too busy", "path", r.URL.Path, "client", s.clientOf(r).addr)
 		return retryLater(http.StatusServiceUnavailable, 2*queueTimeout,
 			"Too many people are signing in. Try again.")
 	case errors.Is(err, errUnavailable), errors.Is(err, context.Canceled): // the client has left
 		return retryLater(http.StatusServiceUnavailable, 2*time.Second,
 			"The service cannot reach its data. Try again.")
 	}
-	s.repeats.log(slog.LevelError, "request failed", "method", r.Method, "path", r.URL.Path, "err", err)
+	s.limited.log(s.log, slog.LevelError, "request failed", "method", r.Method, "path", r.URL.Path, "err", err)
 	return newProblem(http.StatusInternalServerError, "The service failed. The fault is logged.")
 }
 
-// storeWatch tells the operator how a store is: it counts and logs the store's errors, and logs its return.
-// It sees how each operation ends, but for ReplacePasswordHash, whose failing has a line of its own.
-type storeWatch struct {
-	store   string // its name in the log
-	log     *slog.Logger
-	repeats *repeats
+// storeHealth counts and logs a store's errors, and logs when a store that was out of reach is back.
+type storeHealth struct {
+	log     *slog.Logger // with the store's name
+	limited *limitedLog
 	errors  atomic.Int64
 	outage  atomic.Pointer[outage] // nil while the store answers
 }
 
-// outage is the time in which a store was out of reach.
+// outage is the time in which a store is out of reach.
 type outage struct {
 	since  time.Time
 	latest time.Time // failure
 }
 
-// see looks at how an operation of the store ended, and returns its error.
-func (w *storeWatch) see(ctx context.Context, err error) error {
+// observe takes note of an operation's error, and returns it. Every operation comes here, but for
+// ReplacePasswordHash, whose failing has a line of its own. An operation whose client has left says nothing
+// of the store.
+func (h *storeHealth) observe(ctx context.Context, err error) error {
 	switch {
-	case err != nil && errors.Is(ctx.Err(), context.Canceled): // the client has left, which says nothing
+	case err != nil && errors.Is(ctx.Err(), context.Canceled):
 	case !errors.Is(err, errUnavailable):
-		w.answered()
+		h.answered()
 	case errors.Is(err, errRefused):
-		w.errors.Add(1)
-		w.repeats.log(slog.LevelError, "store refuses", "store", w.store, "err", err)
+		h.errors.Add(1)
+		h.limited.log(h.log, slog.LevelError, "store refuses", "err", err)
 	default:
-		w.errors.Add(1)
-		w.repeats.log(slog.LevelError, "store out of reach", "store", w.store, "err", err)
+		h.errors.Add(1)
+		h.limited.log(h.log, slog.LevelError, "store out of reach", "err", err)
 		now := time.Now()
-		since := now
-		if before := w.outage.Load(); before != nil {
-			since = before.since
+		o := outage{since: now, latest: now}
+		if before := h.outage.Load(); before != nil {
+			o.since = before.since
 		}
-		w.outage.Store(&outage{since: since, latest: now})
+		h.outage.Store(&o)
 	}
 	return err
 }
 
-// answered ends an outage. Of a cluster one node may be away while the others answer: the store is back once
-// nothing has failed for a second.
-func (w *storeWatch) answered() {
-	o := w.outage.Load()
-	if o == nil || time.Since(o.latest) < time.Second || !w.outage.CompareAndSwap(o, nil) {
+// answered ends an outage once nothing has failed for a second: of a cluster one node may be out of reach
+// while others answer.
+func (h *storeHealth) answered() {
+	o := h.outage.Load()
+	if o == nil || time.Since(o.latest) < time.Second || !h.outage.CompareAndSwap(o, nil) {
 		return
 	}
-	away := time.Since(o.since).Round(time.Millisecond)
-	w.log.Info("store is back", "store", w.store, "away", away.String())
+	h.log.Info("store is back", "away", time.Since(o.since).Round(time.Millisecond).String())
 }
 
 // away returns for how long the store has been out of reach, 0 if it is not.
-func (w *storeWatch) away() time.Duration {
-	o := w.outage.Load()
+func (h *storeHealth) away() time.Duration {
+	o := h.outage.Load()
 	if o == nil {
 		return 0
 	}
@@ -882,63 +879,65 @@ func parseHop(text string) (netip.Addr, bool) {
 // unmapped returns an IPv4 address as such, and any without its zone.
 func unmapped(addr netip.Addr) netip.Addr { return addr.Unmap().WithZone("") }
 
-// repeats logs each message at most once a second, with the number of events since its last line. It is for
-// what clients can cause at will.
-type repeats struct {
+// limitedLog is for what clients can cause at will. It logs each message of each logger (a store has one of its
+// own) at most once a second, with the count of events since its last line.
+type limitedLog struct {
+	mu    sync.Mutex
+	lines map[lineKey]*limitedLine
+}
+
+type lineKey struct {
 	logger *slog.Logger
-	mu     sync.Mutex
-	lines  map[string]*repeated // by message
+	msg    string
 }
 
-// repeated is a message, and what has happened since its last line.
-type repeated struct {
-	level  slog.Level
-	args   []any // of the latest event
-	count  int
-	recent bool // the last line is less than a second old
+// limitedLine is a message whose last line is less than a second old.
+type limitedLine struct {
+	level slog.Level
+	args  []any // of the latest event
+	count int   // events since the last line
 }
 
-func newRepeats(logger *slog.Logger) *repeats {
-	return &repeats{logger: logger, lines: map[string]*repeated{}}
-}
-
-func (r *repeats) log(level slog.Level, msg string, args ...any) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	line := r.lines[msg]
-	if line == nil {
-		line = &repeated{}
-		r.lines[msg] = line
+func (l *limitedLog) log(logger *slog.Logger, level slog.Level, msg string, args ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	key := lineKey{logger, msg}
+	line := l.lines[key]
+	isFirst := line == nil
+	if isFirst {
+		line = &limitedLine{}
+		l.lines[key] = line
 	}
 	line.level = level
 	line.args = args
 	line.count++
-	if !line.recent {
-		r.write(msg, line)
+	if isFirst {
+		l.write(key)
 	}
 }
 
-// write writes what has happened, if anything has, and does so again in a second. The caller holds r.mu.
-func (r *repeats) write(msg string, line *repeated) {
-	line.recent = line.count > 0
-	if line.count == 0 {
+// write logs the events since the last line, and what follows in a second. The caller holds l.mu.
+func (l *limitedLog) write(key lineKey) {
+	line := l.lines[key]
+	if line == nil || line.count == 0 {
+		delete(l.lines, key)
 		return
 	}
-	r.logger.Log(context.Background(), line.level, msg, append(line.args, "count", line.count)...)
+	key.logger.Log(context.Background(), line.level, key.msg, append(line.args, "count", line.count)...)
 	line.count = 0
 	time.AfterFunc(time.Second, func() {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.write(msg, line)
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.write(key)
 	})
 }
 
-// flush writes what has not been written yet, at the end of the service.
-func (r *repeats) flush() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, msg := range slices.Sorted(maps.Keys(r.lines)) {
-		r.write(msg, r.lines[msg])
+// flush logs what has not been logged yet, at the end of the service.
+func (l *limitedLog) flush() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for key := range l.lines {
+		l.write(key)
 	}
 }
 

@@ -335,7 +335,7 @@ func serve(ctx context.Context, cfg config, log *slog.Logger) error {
 	var trial sync.WaitGroup
 	defer trial.Wait() // some seconds at most; cut short, it would leave a session
 	trial.Go(func() { trySession(context.WithoutCancel(ctx), s, log) })
-	return serveHTTP(ctx, &listener{Listener: tcp, repeats: s.repeats}, s, cfg.stopDelay, log)
+	return serveHTTP(ctx, &listener{Listener: tcp, server: s}, s, cfg.stopDelay, log)
 }
 
 // trySession makes, reads and deletes a session, and has it logged if the store is away or refuses: one that
@@ -350,7 +350,7 @@ func trySession(ctx context.Context, s *server, log *slog.Logger) {
 	if err == nil {
 		err = s.sessions.Delete(ctx, id)
 	}
-	err = s.sessionWatch.see(ctx, err)
+	err = s.sessionHealth.observe(ctx, err)
 	if err == nil || errors.Is(err, errNoSession) { // the first of two Deletes may have deleted it
 		log.Debug("session store takes sessions")
 	}
@@ -395,7 +395,7 @@ func serveHTTP(
 		hs.Close()
 		log.Warn("requests cut off", "err", err)
 	}
-	s.repeats.flush()
+	s.limited.flush()
 	return nil
 }
 
@@ -533,7 +533,7 @@ func (l *lineWriter) close() {
 // listener accepts clients' connections.
 type listener struct {
 	net.Listener
-	repeats *repeats
+	server *server
 }
 
 // Accept logs its errors as warnings, such as too many open files. net/http tells only its ErrorLog, and
@@ -542,7 +542,7 @@ func (l *listener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if err != nil {
 		if !errors.Is(err, net.ErrClosed) {
-			l.repeats.log(slog.LevelWarn, "cannot accept connections", "err", err)
+			l.server.limited.log(l.server.log, slog.LevelWarn, "cannot accept connections", "err", err)
 		}
 		return nil, err
 	}

@@ -1668,7 +1668,7 @@ func servePipes(t testing.TB, s *server) (dial func() net.Conn) {
 	conns := make(chan net.Conn)
 	pipes := &pipeListener{conns, sync.OnceFunc(func() { close(conns) })}
 	served := make(chan error, 1)
-	accepted := &listener{Listener: pipes, repeats: s.repeats}
+	accepted := &listener{Listener: pipes, server: s}
 	go func() { served <- serveHTTP(t.Context(), accepted, s, 0, s.log) }()
 	t.Cleanup(func() {
 		if err := <-served; err != nil {
@@ -2743,6 +2743,12 @@ func TestTriesAtTheSameMoment(t *testing.T) {
 	}
 }
 
+// breakFile makes the account database unreadable.
+func (s *insider) breakFile() {
+	s.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
+	os.WriteFile(s.dbPath, slices.Repeat([]byte("no database "), 1000), 0o600)
+}
+
 // A 503 counts against no limit, unless it has cost a bcrypt.
 func TestWhatA503Counts(t *testing.T) {
 	t.Parallel()
@@ -2750,10 +2756,6 @@ func TestWhatA503Counts(t *testing.T) {
 	noSessions := func(s *insider) { s.trouble = failing("Create", errUnavailable) }
 	slowSessions := func(s *insider) {
 		s.trouble = func(string) error { time.Sleep(storeTimeout); return nil }
-	}
-	brokenFile := func(s *insider) {
-		s.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
-		os.WriteFile(s.dbPath, slices.Repeat([]byte("no database "), 1000), 0o600)
 	}
 	for _, tt := range []struct {
 		name, route string
@@ -2764,11 +2766,11 @@ func TestWhatA503Counts(t *testing.T) {
 	}{
 		{"sign-in too busy", signInRoute, busy, time.Hour, "", 120},
 		{"sign-in whose client leaves", signInRoute, busy, time.Second, "", 120},
-		{"sign-in without accounts", signInRoute, brokenFile, time.Hour, "accounts", 120},
+		{"sign-in without accounts", signInRoute, (*insider).breakFile, time.Hour, "accounts", 120},
 		{"registration too busy", registerRoute, busy, time.Hour, "", 120},
 		{"registration whose client leaves", registerRoute, busy, time.Second, "", 120},
-		{"registration without accounts", registerRoute, brokenFile, time.Hour, "accounts", 100},
-		{"health check without accounts", "GET /healthz", brokenFile, time.Hour, "accounts", 120},
+		{"registration without accounts", registerRoute, (*insider).breakFile, time.Hour, "accounts", 100},
+		{"health check without accounts", "GET /healthz", (*insider).breakFile, time.Hour, "accounts", 120},
 		{"registration without sessions", registerRoute, noSessions, time.Hour, "sessions", 100},
 		{"registration that comes too late to the accounts", registerRoute, slowSessions, time.Hour, "", 100},
 	} {
@@ -3077,6 +3079,30 @@ func TestWhatClientsRepeatIsLoggedOnceASecond(t *testing.T) {
 	}
 }
 
+func TestEachStoreHasLinesOfItsOwn(t *testing.T) {
+	t.Parallel()
+	virtually(t, "both out of reach", 1, func(s *insider) {
+		s.expectErrors()
+		s.trouble = failing("Ping", errUnavailable)
+		s.breakFile()
+		const checks = 21
+		for range checks {
+			s.request(s.Context(), oneAddr, "GET /healthz", "", "")
+			synctest.Wait()
+			time.Sleep(100 * time.Millisecond)
+		}
+		s.server.limited.flush()
+		events := map[any]float64{}
+		lines := s.log.lines("store out of reach")
+		for _, line := range lines {
+			events[line["store"]] += line["count"].(float64)
+		}
+		if events["sessions"] != checks || events["accounts"] != checks || len(lines) > 2*4 {
+			s.Errorf("events of stores: %v, want %d each, a line a second each:\n%s", events, checks, s.log)
+		}
+	})
+}
+
 // eventsOf returns how many events log lines stand for.
 func eventsOf(lines []map[string]any) (n float64) {
 	for _, line := range lines {
@@ -3238,7 +3264,7 @@ func TestEveryWrongPasswordCostsTheSame(t *testing.T) {
 			}
 		}
 	}
-	s.server.repeats.flush()
+	s.server.limited.flush()
 	lines := s.log.lines("password hash not usable")
 	last := query[string](s.service, `SELECT id FROM users WHERE password LIKE '$2a$99$%'`)
 	latest := lines[len(lines)-1]
@@ -6779,7 +6805,7 @@ func startPooled(b *testing.B, redisURL string) (url string) {
 	b.Cleanup(func() { sessions.pool.Close() })
 	s := testServer(nil, sessions, io.Discard)
 	hs := httptest.NewUnstartedServer(s)
-	hs.Listener = &listener{Listener: hs.Listener, repeats: s.repeats}
+	hs.Listener = &listener{Listener: hs.Listener, server: s}
 	hs.Start()
 	b.Cleanup(hs.Close)
 	return hs.URL
