@@ -9,7 +9,6 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
-	"expvar"
 	"fmt"
 	"io"
 	"log/slog"
@@ -67,9 +66,12 @@ type server struct {
 	background    sync.WaitGroup // work that goes on after its answer
 	warnOfProxy   sync.Once
 	started       time.Time
-	inFlight      atomic.Int64 // requests
-	answers       expvar.Map   // how many, by route and status
+	inFlight      atomic.Int64                  // requests
+	answers       map[string]*[600]atomic.Int64 // how many, by route ("": none) and status
 	events        serverEvents
+
+	// Values of headers, made once for all answers.
+	noStore, noSniff, typeJSON, typeProblem []string
 }
 
 // serverEvents counts since the start.
@@ -100,6 +102,11 @@ func newServer(cfg serverConfig, db *database, sessions SessionStore, log *slog.
 		mux:           http.NewServeMux(),
 		paths:         map[string]bool{},
 		started:       time.Now(),
+		answers:       map[string]*[600]atomic.Int64{"": {}},
+		noStore:       []string{"no-store"},
+		noSniff:       []string{"nosniff"},
+		typeJSON:      []string{"application/json"},
+		typeProblem:   []string{"application/problem+json"},
 	}
 	s.route("/user", map[string]handler{"GET": s.showUser, "POST": s.register})
 	s.route("/user/signin", map[string]handler{"POST": s.signIn})
@@ -127,6 +134,7 @@ func (s *server) route(path string, methods map[string]handler) {
 }
 
 func (s *server) handle(pattern string, handle handler) {
+	s.answers[pattern] = new([600]atomic.Int64)
 	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 		status, body, err := handle(w, r)
 		s.answer(w, r, status, body, err)
@@ -146,7 +154,7 @@ func (s *server) metrics() map[string]any {
 		"too_busy_total":             s.events.tooBusy.Load(),
 		"session_store_errors_total": s.sessionHealth.errors.Load(),
 		"account_store_errors_total": s.accountHealth.errors.Load(),
-		"answers_total":              json.RawMessage(s.answers.String()),
+		"answers_total":              s.answersByName(),
 		"bcrypts_running":            running,
 		"sign_ins_waiting":           waiting,
 		"requests_in_flight":         s.inFlight.Load(),
@@ -154,6 +162,20 @@ func (s *server) metrics() map[string]any {
 		"sessions_away_seconds":      s.sessionHealth.away().Seconds(),
 		"accounts_away_seconds":      s.accountHealth.away().Seconds(),
 	}
+}
+
+// answersByName returns how many answers there were, such as of "GET /user 200", or "404" where there is no
+// route.
+func (s *server) answersByName() map[string]int64 {
+	byName := map[string]int64{}
+	for route, statuses := range s.answers {
+		for status := range statuses {
+			if n := statuses[status].Load(); n > 0 {
+				byName[strings.TrimSpace(route+" "+strconv.Itoa(status))] = n
+			}
+		}
+	}
+	return byName
 }
 
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -191,16 +213,15 @@ func canonicalPath(u *url.URL) string {
 // are written as net/http canonicalizes them.
 func (s *server) answer(w http.ResponseWriter, r *http.Request, status int, body any, err error) {
 	header := w.Header()
-	header["Cache-Control"] = []string{"no-store"}
-	header["X-Content-Type-Options"] = []string{"nosniff"}
-	// Before net/http sends an answer it reads what is left of the request's body, so that it finds the
-	// next request. Some proxies announce a body and send none. No method but POST has one, so the others
-	// do not wait for it: nothing on that connection is taken for a next request.
-	hasBody := r.ContentLength != 0 && r.Method != http.MethodPost
-	if hasBody || s.draining.Load() {
+	header["Cache-Control"] = s.noStore
+	header["X-Content-Type-Options"] = s.noSniff
+	// net/http reads what is left of a request's body before it sends the answer, unless the connection is to
+	// be closed. Some proxies announce a body with a GET and send none: its answer must not wait.
+	hasUnreadBody := r.ContentLength != 0 && r.Method != http.MethodPost
+	if hasUnreadBody || s.draining.Load() {
 		header["Connection"] = []string{"close"}
 	}
-	contentType := "application/json"
+	contentType := s.typeJSON
 	if err != nil {
 		p := s.problemOf(r, err)
 		if p.retryAfter > 0 {
@@ -209,15 +230,15 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, status int, body
 		}
 		status = p.Status
 		body = p
-		contentType = "application/problem+json"
+		contentType = s.typeProblem
 	}
-	s.answers.Add(strings.TrimSpace(r.Pattern+" "+strconv.Itoa(status)), 1) // no pattern: no route
+	s.answers[r.Pattern][status].Add(1)
 	if body == nil {
 		w.WriteHeader(status)
 		return
 	}
 	text, _ := json.Marshal(body) // structs and maps of strings: it cannot fail
-	header["Content-Type"] = []string{contentType}
+	header["Content-Type"] = contentType
 	w.WriteHeader(status)
 	w.Write(text)
 }
