@@ -188,8 +188,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}()
 	path := canonicalPath(r.URL)
 	if s.crossOrigin.Check(r) != nil {
-		s.answer(w, r, 0, nil, newProblem(http.StatusForbidden, "A browser sent this from another site. "+
-			"Send it from the service's own origin. A proxy in front of it must pass on the Host header."))
+		s.answer(w, r, 0, nil, newProblem(http.StatusForbidden, "A browser sent this from another origin "+
+			"(a sister domain or another port is one). Send it from the service's own origin. "+
+			"A proxy in front of it must pass on the Host header."))
 		return
 	}
 	if !s.paths[path] { // the mux would redirect some of them
@@ -827,13 +828,19 @@ type client struct {
 	named bool // by a trusted proxy
 }
 
-// network is what the limits count: an IPv4 address, or an IPv6 /64, all of which one host usually has.
+// network is what the limits count: an IPv4 address, or an IPv6 /64, all of which one host usually has. A
+// NAT64 (RFC 6052) gives all IPv4 clients addresses of one /64, so the IPv4 address in those counts.
 func (c client) network() netip.Prefix {
+	addr := c.addr
+	if netip.MustParsePrefix("64:ff9b::/96").Contains(addr) {
+		full := addr.As16()
+		addr = netip.AddrFrom4([4]byte(full[12:]))
+	}
 	bits := 64
-	if c.addr.Is4() {
+	if addr.Is4() {
 		bits = 32
 	}
-	network, _ := c.addr.Prefix(bits) // the zero Prefix for an address that is none
+	network, _ := addr.Prefix(bits) // the zero Prefix for an address that is none
 	return network
 }
 
