@@ -338,21 +338,29 @@ func serve(ctx context.Context, cfg config, log *slog.Logger) error {
 	return serveHTTP(ctx, &listener{Listener: tcp, server: s}, s, cfg.stopDelay, log)
 }
 
-// trySession makes, reads and deletes a session, and has it logged if the store is away or refuses: one that
-// answers may yet take no writes. The service serves all the same.
+// trySession has the store make, read and delete a session, and logs what goes wrong: a store that answers
+// may take no writes, or lose them. The service serves all the same.
 func trySession(ctx context.Context, s *server, log *slog.Logger) {
 	id := newUUID()
 	now, _ := formatTime(time.Now())
 	err := s.sessions.Create(ctx, id, User{ID: id, CreatedAt: now, UpdatedAt: now}, time.Minute)
 	if err == nil {
 		_, err = s.sessions.Get(ctx, id)
+		if errors.Is(err, errNoSession) {
+			err = fmt.Errorf("%w: a session that it has just taken is not there", errRefused)
+		}
 	}
 	if err == nil {
 		err = s.sessions.Delete(ctx, id)
+		if errors.Is(err, errNoSession) {
+			err = nil // it was sent twice, and the first one deleted the session
+		}
 	}
 	err = s.sessionHealth.observe(ctx, err)
-	if err == nil || errors.Is(err, errNoSession) { // the first of two Deletes may have deleted it
+	if err == nil {
 		log.Debug("session store takes sessions")
+	} else if !errors.Is(err, errUnavailable) { // which observe has logged
+		log.Error("request failed", "err", err)
 	}
 }
 

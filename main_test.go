@@ -1319,18 +1319,31 @@ func openTestDatabase(t testing.TB) *database {
 }
 
 func TestTheStartTriesASessionAndLeavesNone(t *testing.T) {
+	trial := func(method string, cause error) *logBuffer {
+		log := &logBuffer{}
+		s := testServer(openTestDatabase(t), newFailingSessions(failing(method, cause)), log)
+		trySession(t.Context(), s, s.log)
+		log.end()
+		return log
+	}
 	for _, method := range []string{"Create", "Get", "Delete"} {
 		for cause, want := range map[error]string{
 			&refusedError{server: "redis:6379", text: "NOPERM"}: "store refuses",
-			errUnavailable: "store out of reach",
+			errUnavailable:        "store out of reach",
+			errors.New("a fault"): "request failed",
 		} {
-			log := &logBuffer{}
-			s := testServer(openTestDatabase(t), newFailingSessions(failing(method, cause)), log)
-			trySession(t.Context(), s, s.log)
-			if line := log.find(t, want); line["err"] != cause.Error() || line["store"] != "sessions" {
-				t.Errorf("%s fails: logs %s, want the cause", method, log)
+			line := trial(method, cause).find(t, want)
+			if line["err"] != cause.Error() || (line["store"] != "sessions") != (want == "request failed") {
+				t.Errorf("%s fails: log line %v, want the cause", method, line)
 			}
 		}
+	}
+	lost := trial("Get", errNoSession).find(t, "store refuses")
+	if cause, _ := lost["err"].(string); !strings.Contains(cause, "not there") {
+		t.Errorf("the store has lost the session: log line %v, want the cause", lost)
+	}
+	if log := trial("Delete", errNoSession); log.String() != "" { // it was sent twice
+		t.Errorf("the session is gone when it is deleted: logs %s, want nothing", log)
 	}
 	r := ownRedis(t)
 	start(t, "REDIS_URL="+r.url(), "LOG_LEVEL=debug").log.find(t, "session store takes sessions")
