@@ -761,7 +761,8 @@ func (s *server) problemOf(r *http.Request, err error) *problem {
 		return retryLater(http.StatusServiceUnavailable, 2*time.Second,
 			"The service cannot reach its data. Try again.")
 	}
-	s.limited.log(s.log, slog.LevelError, "request failed", "method", r.Method, "path", r.URL.Path, "err", err)
+	s.limited.log(s.log, slog.LevelError, "request failed",
+		"method", r.Method, "path", r.URL.Path, "err", err)
 	return newProblem(http.StatusInternalServerError, "The service failed. The fault is logged.")
 }
 
@@ -897,8 +898,8 @@ func parseHop(text string) (netip.Addr, bool) {
 // unmapped returns an IPv4 address as such, and any without its zone.
 func unmapped(addr netip.Addr) netip.Addr { return addr.Unmap().WithZone("") }
 
-// limitedLog is for what clients can cause at will. It logs each message of each logger (a store has one of its
-// own) at most once a second, with the count of events since its last line.
+// limitedLog is for what clients can cause at will. It logs each message of a logger at most once a second, with
+// the number of events since its last line. Each store has a logger of its own.
 type limitedLog struct {
 	mu    sync.Mutex
 	lines map[lineKey]*limitedLine
@@ -968,11 +969,11 @@ const (
 // gate decides which tries to sign in or to register may run bcrypt, and when: it is a rate limit on failures
 // and a fair queue. Known pairs are exempt from one of the limits.
 //
-// The rate limit is the generic cell rate algorithm (GCRA): a count is the time at which all of its failures
-// are forgiven, and each failure adds an interval. Nothing is reserved for tries in flight. They may all fail,
-// and so exceed a limit by fewer than there are slots; what follows waits for as much longer.
+// The rate limit is the generic cell rate algorithm (GCRA): a count is the time at which its failures are
+// forgiven, and each failure adds an interval. Nothing is reserved for tries in flight. They may all fail, and
+// exceed a limit by fewer than there are slots; what follows waits for as much longer.
 //
-// The fair queue (start-time fair queueing) is sorted by turn. A try has the turn after that of the latest one
+// The queue (start-time fair queueing) is sorted by turn. A try has the turn after that of the latest one
 // admitted, or after that of its network's last one in the queue. So networks alternate: a long line of one
 // holds up no other, and ever new networks pass nobody by.
 type gate struct {

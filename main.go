@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -44,22 +45,24 @@ func main() {
 	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr))
 }
 
+const usage = "usage: session-storage [-healthcheck | -version | -h]"
+
 // run is the program. It returns the exit status: 0 after a clean end, 1 when the service could not run,
 // 2 when it was started wrongly.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("session-storage", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.Usage = func() {
-		fmt.Fprintln(stderr, "usage: session-storage [-healthcheck | -version]\n"+
-			"All else is set by environment variables.")
-	}
+	flags.Usage = func() {} // run prints it
 	showVersion := flags.Bool("version", false, "print what the build knows of itself")
-	healthcheck := flags.Bool("healthcheck", false, "ask the running service whether it is well")
-	if err := flags.Parse(args); err != nil {
-		return 2 // Parse has said why
+	healthcheck := flags.Bool("healthcheck", false,
+		"ask the running service whether it is well, exit with status 0 or 1")
+	err := flags.Parse(args)
+	if errors.Is(err, flag.ErrHelp) { // -h, -help
+		printHelp(stdout, flags)
+		return 0
 	}
-	if flags.NArg() > 0 {
-		flags.Usage()
+	if err != nil || flags.NArg() > 0 { // Parse has said what is wrong
+		fmt.Fprintln(stderr, usage)
 		return 2
 	}
 	if *showVersion {
@@ -107,6 +110,19 @@ func buildVersion() string {
 	return build.Main.Version
 }
 
+// printHelp prints usage, flags and variables.
+func printHelp(w io.Writer, flags *flag.FlagSet) {
+	fmt.Fprintln(w, usage)
+	flags.SetOutput(w)
+	flags.PrintDefaults()
+	fmt.Fprintln(w, "All else is set by environment variables:")
+	env := &environment{getenv: func(string) string { return "" }}
+	readConfig(env)
+	for _, v := range env.variables {
+		fmt.Fprintf(w, "  %s (default %s)\n    \t%s\n", v.name, v.fallback, v.meaning)
+	}
+}
+
 // config is the environment, checked.
 type config struct {
 	addr      string
@@ -118,72 +134,84 @@ type config struct {
 	server    serverConfig
 }
 
-// environment reads variables and collects what is wrong with them.
+// environment reads variables. It collects what they are, and what is wrong with them.
 type environment struct {
-	getenv func(string) string
-	errs   []error
+	getenv    func(string) string
+	variables []variable
+	errs      []error
+}
+
+// variable describes an environment variable for -h and, the same, for README.
+type variable struct {
+	name     string
+	fallback string
+	meaning  string
 }
 
 // loadConfig reads every variable. Its error has a line for each that is wrong.
 func loadConfig(getenv func(string) string) (config, error) {
 	env := &environment{getenv: getenv}
+	cfg := readConfig(env)
+	return cfg, errors.Join(env.errs...)
+}
+
+// readConfig reads the variables in the order in which -h and README have them.
+func readConfig(env *environment) config {
 	addr := ":8080"
-	if port := read(env, "PORT", "", parsePort); port != "" {
+	port := read(env, "PORT", "", parsePort, "a port, as hosting platforms set it; ADDR wins")
+	if port != "" {
 		addr = ":" + port
 	}
-	cfg := config{
-		addr:      read(env, "ADDR", addr, parseAddr),
-		debugAddr: read(env, "DEBUG_ADDR", "", parseAddr),
-		dbPath:    read(env, "DB_PATH", "users.db", parsePath),
-		redis:     read(env, "REDIS_URL", "", parseRedis),
-		stopDelay: read(env, "SHUTDOWN_DELAY", "0s", parseStopDelay),
-		logLevel:  read(env, "LOG_LEVEL", "info", parseLogLevel),
+	return config{
+		addr: read(env, "ADDR", addr, parseAddr,
+			"address to listen on; where PORT is set the default is :$PORT"),
+		dbPath: read(env, "DB_PATH", "users.db", parsePath,
+			"the account database, one SQLite file, created when missing"),
+		redis: read(env, "REDIS_URL", "", parseRedis,
+			"where sessions live, if not in the account database: "+redisURLForms),
 		server: serverConfig{
-			sessionTTL:     read(env, "SESSION_TTL", "168h", parseTTL),
-			bcryptCost:     read(env, "BCRYPT_COST", "12", parseCost),
-			bcryptSlots:    runtime.GOMAXPROCS(0), // one a core: tuneRuntime comes later
-			cookieSecure:   read(env, "COOKIE_SECURE", "true", parseBool),
-			trustedProxies: read(env, "TRUSTED_PROXIES", "", parseProxies),
-			compareHash:    bcrypt.CompareHashAndPassword,
+			sessionTTL: read(env, "SESSION_TTL", "168h", parseTTL,
+				"life of a session, which use does not prolong, and of its cookie"),
+			bcryptCost: read(env, "BCRYPT_COST", "12", parseCost,
+				"10 to 15; weaker hashes are stored anew after the next sign-in"),
+			bcryptSlots: runtime.GOMAXPROCS(0), // one a core: tuneRuntime comes later
+			cookieSecure: read(env, "COOKIE_SECURE", "true", parseBool,
+				"false for plain HTTP"),
+			trustedProxies: read(env, "TRUSTED_PROXIES", "", parseProxies,
+				"CIDRs whose X-Forwarded-For is believed, such as 127.0.0.1/32,::1/128,10.0.0.0/8; "+
+					"unset, all clients of a proxy share one limit"),
+			compareHash: bcrypt.CompareHashAndPassword,
 		},
+		debugAddr: read(env, "DEBUG_ADDR", "", parseAddr,
+			"private address for /debug/vars and /debug/pprof/, such as 127.0.0.1:6060"),
+		stopDelay: read(env, "SHUTDOWN_DELAY", "0s", parseStopDelay,
+			"up to 60s, for which the service goes on after SIGTERM with /healthz at 503, "+
+				"so that a balancer leaves"),
+		logLevel: read(env, "LOG_LEVEL", "info", parseLogLevel,
+			"debug, info, warn, error; JSON lines on standard error"),
 	}
-	return cfg, errors.Join(env.errs...)
 }
 
 // read returns a variable's value. Where the variable is empty the fallback is parsed, and where that is
 // empty too the value is zero.
-func read[T any](env *environment, name, fallback string, parse func(string) (T, error)) T {
+func read[T any](
+	env *environment, name, fallback string, parse func(string) (T, error), meaning string,
+) T {
+	env.variables = append(env.variables, variable{
+		name:     name,
+		fallback: cmp.Or(fallback, "unset"),
+		meaning:  meaning,
+	})
 	var value T
-	text := env.getenv(name)
-	if text == "" {
-		text = fallback
-	}
+	text := cmp.Or(env.getenv(name), fallback)
 	if text == "" {
 		return value
 	}
-	err := checkText(text)
-	if err == nil {
-		value, err = parse(text)
-	}
+	value, err := parse(text)
 	if err != nil {
 		env.errs = append(env.errs, fmt.Errorf("%s: %w", name, err))
 	}
 	return value
-}
-
-// checkText refuses what no value means: with the CR or the quotes of an env file, DB_PATH would name another
-// file. The error tells nothing of the text, which may hold a password.
-func checkText(text string) error {
-	if strings.ContainsFunc(text, unicode.IsControl) {
-		return errors.New("it has a control character, such as a CR at its end: none is allowed")
-	}
-	if strings.TrimSpace(text) != text {
-		return errors.New("it begins or ends with white space: none is allowed there")
-	}
-	if first := text[:1]; len(text) > 1 && strings.Contains(`"'`, first) && strings.HasSuffix(text, first) {
-		return errors.New("it stands in quotes, as no shell took them off: none is allowed there")
-	}
-	return nil
 }
 
 func parsePort(text string) (string, error) {
@@ -205,7 +233,18 @@ func parseAddr(text string) (string, error) {
 	return text, nil
 }
 
+// parsePath refuses what SQLite takes for no file, and what an env file may leave in a value: with a CR, quotes
+// or white space at an end DB_PATH would name another file, which is created.
 func parsePath(text string) (string, error) {
+	if strings.ContainsFunc(text, unicode.IsControl) {
+		return "", fmt.Errorf("%q has a control character: none is allowed", text)
+	}
+	if strings.TrimSpace(text) != text {
+		return "", fmt.Errorf("%q begins or ends with white space: none is allowed there", text)
+	}
+	if first := text[:1]; len(text) > 1 && strings.Contains(`"'`, first) && strings.HasSuffix(text, first) {
+		return "", fmt.Errorf("%q stands in quotes, as no shell took them off: none is allowed there", text)
+	}
 	if filepath.Clean(text) == ":memory:" || strings.HasPrefix(text, "file:") {
 		return "", fmt.Errorf("%q is not the path of a file, such as users.db", text)
 	}

@@ -1003,14 +1003,14 @@ func TestWrongConfigurationIsRefused(t *testing.T) {
 		{name: "REDIS_URL", want: "redis://[", wrong: "login", values: []string{"redis://s3c@h"}},
 		{name: "REDIS_URL", want: "]/primary", wrong: "primary",
 			values: []string{"redis-sentinel://:s3c@a/"}},
-		// What an env file with CRLF, or with quotes in it, would make of a value.
+		{name: "REDIS_URL", want: "redis://[", wrong: "no such URL",
+			values: []string{"redis://:s3c@h\r", "redis://:s3c@h "}},
+		{name: "REDIS_URL", want: "redis://[", wrong: "scheme", values: []string{`"redis://:s3c@h"`}},
+		// What an env file with CRLF, or with quotes in it, would make of a path.
 		{name: "DB_PATH", want: none, wrong: "control",
 			values: []string{"/x\r", "\n/x", "/\x00x", "/x\u0085"}},
 		{name: "DB_PATH", want: none, wrong: "white space", values: []string{"/x ", " /x", "/x\u00a0"}},
 		{name: "DB_PATH", want: none, wrong: "quotes", values: []string{`"/x"`, "'/x'"}},
-		{name: "REDIS_URL", want: none, wrong: "control", values: []string{"redis://:s3c@h\r"}},
-		{name: "REDIS_URL", want: none, wrong: "quotes", values: []string{`"redis://:s3c@h"`}},
-		{name: "REDIS_URL", want: none, wrong: "white space", values: []string{"redis://:s3c@h "}},
 	} {
 		for _, value := range tt.values {
 			wrong := cmp.Or(tt.wrong, fmt.Sprintf("%q", value))
@@ -1071,6 +1071,29 @@ func TestConfiguration(t *testing.T) {
 	}
 }
 
+// README's table and -h cannot drift apart.
+func TestHelpIsREADMEsTable(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := ""
+	row := regexp.MustCompile("(?m)^\\| `([A-Z_]+)` \\| (.*) \\| (.*) \\|$")
+	for _, cells := range row.FindAllStringSubmatch(string(readme), -1) {
+		text := fmt.Sprintf("  %s (default %s)\n    \t%s\n", cells[1], cells[2], cells[3])
+		want += strings.ReplaceAll(text, "`", "")
+	}
+	_, got, _ := runWith(t, []string{"-h"}, "PORT=3000", "DB_PATH=elsewhere")
+	if _, variables, _ := strings.Cut(got, "environment variables:\n"); variables != want || want == "" {
+		t.Errorf("-h prints:\n%s\nREADME has:\n%s", variables, want)
+	}
+	for _, flag := range []string{"-healthcheck\n    \task", "-version\n    \tprint"} {
+		if !strings.Contains(got, flag) {
+			t.Errorf("-h does not describe %q:\n%s", flag, got)
+		}
+	}
+}
+
 // causeOfTheEnd returns the error in the one line of a log that tells why the service could not run.
 func causeOfTheEnd(t *testing.T, log string) string {
 	t.Helper()
@@ -1094,7 +1117,7 @@ func TestExitStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer silent.Close()
-	const usage = "usage: session-storage [-healthcheck | -version]"
+	const usage = "usage: session-storage [-healthcheck | -version | -h]"
 	for _, tt := range []struct {
 		args, vars     string
 		status         int
@@ -1102,7 +1125,8 @@ func TestExitStatus(t *testing.T) {
 	}{
 		{args: "-version", vars: "BCRYPT_COST=broken", stdout: runtime.Version()},
 		{args: "--version", stdout: "session-storage "},
-		{args: "-h", status: 2, stderr: usage},
+		{args: "-h", vars: "BCRYPT_COST=broken", stdout: usage},
+		{args: "-version --help", stdout: usage},
 		{args: "-port 1", status: 2, stderr: usage},
 		{args: "serve", status: 2, stderr: usage},
 		{args: "-version x", status: 2, stderr: usage},
