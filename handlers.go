@@ -511,8 +511,8 @@ func (s *server) health(w http.ResponseWriter, r *http.Request) (int, any, error
 	return http.StatusOK, map[string]string{"status": "ok"}, nil
 }
 
-// finish waits for the work that goes on after its answer, or for ctx to end.
-func (s *server) finish(ctx context.Context) error {
+// drain waits for the work that goes on after its answer, or for ctx to end.
+func (s *server) drain(ctx context.Context) error {
 	done := make(chan struct{})
 	go func() {
 		s.background.Wait()
@@ -898,8 +898,8 @@ func parseHop(text string) (netip.Addr, bool) {
 // unmapped returns an IPv4 address as such, and any without its zone.
 func unmapped(addr netip.Addr) netip.Addr { return addr.Unmap().WithZone("") }
 
-// limitedLog is for what clients can cause at will. It logs each message of a logger at most once a second, with
-// the number of events since its last line. Each store has a logger of its own.
+// limitedLog is for what clients can cause at will. It logs each message of a logger at most once a second,
+// with the number of events since its last line. Each store has a logger of its own.
 type limitedLog struct {
 	mu    sync.Mutex
 	lines map[lineKey]*limitedLine
@@ -970,8 +970,8 @@ const (
 // and a fair queue. Known pairs are exempt from one of the limits.
 //
 // The rate limit is the generic cell rate algorithm (GCRA): a count is the time at which its failures are
-// forgiven, and each failure adds an interval. Nothing is reserved for tries in flight. They may all fail, and
-// exceed a limit by fewer than there are slots; what follows waits for as much longer.
+// forgiven, and each failure adds an interval. Nothing is reserved for tries in flight. They may all fail,
+// and exceed a limit by fewer than there are slots; what follows waits for as much longer.
 //
 // The queue (start-time fair queueing) is sorted by turn. A try has the turn after that of the latest one
 // admitted, or after that of its network's last one in the queue. So networks alternate: a long line of one

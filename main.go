@@ -233,8 +233,8 @@ func parseAddr(text string) (string, error) {
 	return text, nil
 }
 
-// parsePath refuses what SQLite takes for no file, and what an env file may leave in a value: with a CR, quotes
-// or white space at an end DB_PATH would name another file, which is created.
+// parsePath refuses what SQLite takes for no file, and what an env file may leave in a value: with a CR,
+// quotes or white space at an end DB_PATH would name another file, which would be created.
 func parsePath(text string) (string, error) {
 	if strings.ContainsFunc(text, unicode.IsControl) {
 		return "", fmt.Errorf("%q has a control character: none is allowed", text)
@@ -436,7 +436,7 @@ func serveHTTP(
 	time.Sleep(250 * time.Millisecond)
 	err := hs.Shutdown(ctx)
 	if err == nil {
-		err = s.finish(ctx)
+		err = s.drain(ctx)
 	}
 	if err != nil {
 		hs.Close()
@@ -604,9 +604,9 @@ type clientConn struct {
 	get bool // the last Read began with "GET "
 }
 
-// Read answers the watch of a GET with nothing, once: the watch reads a single byte. A Read of net/http's
-// buffer that has room for one byte only is repeated, and gets it. A request whose body begins with "GET "
-// loses its watch: a client that has left is then noticed when it is answered.
+// Read returns 0 bytes and no error to the first read of a single byte after a GET: that is the watch, which
+// then ends. It may also be a read into net/http's buffer with room for one byte left; net/http repeats that
+// one. A request whose body begins with "GET " loses its watch, and its client's leaving is noticed later.
 func (c *clientConn) Read(p []byte) (int, error) {
 	if c.get && len(p) == 1 {
 		c.get = false

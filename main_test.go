@@ -2353,7 +2353,7 @@ func TestAnOutageIs503AndLogged(t *testing.T) {
 			failures = 0
 			w := serveOne(s, tt.method, tt.path, credentials(tt.email, password), cookie(first.SessionID))
 			json.Unmarshal(w.Body.Bytes(), &second)
-			s.finish(t.Context())
+			s.drain(t.Context())
 			checkReply(t, what, &reply{status: w.Code, header: w.Header(), body: w.Body.String()})
 			made := tt.status == 201
 			if w.Code != tt.status || (w.Header().Get("Set-Cookie") != "") != made ||
@@ -2511,7 +2511,7 @@ func newInsider(t testing.TB, bcryptSlots, bcryptCost int) *insider {
 	}
 	s.server = newServer(cfg, db, s.sessions, slog.New(slog.NewJSONHandler(s.log, nil)))
 	t.Cleanup(func() {
-		s.server.finish(context.Background())
+		s.server.drain(context.Background())
 		db.Close()
 		s.checkLog()
 	})
@@ -2844,7 +2844,7 @@ func TestWhatA503Counts(t *testing.T) {
 			if tt.store == "" {
 				return
 			}
-			s.server.finish(s.Context())
+			s.server.drain(s.Context())
 			line := s.log.find(s, "store out of reach")
 			counted := s.server.metrics()[strings.TrimSuffix(tt.store, "s")+"_store_errors_total"]
 			if line["store"] != tt.store || counted != n {
@@ -3347,7 +3347,7 @@ func TestWeakHashesAreStoredAnew(t *testing.T) {
 	t.Parallel()
 	s := newInsider(t, 1, 6) // its sessions live elsewhere than its accounts
 	stored := func(email string) string {
-		s.server.finish(t.Context())
+		s.server.drain(t.Context())
 		return query[string](s.service, `SELECT password FROM users WHERE email = ?`, email)
 	}
 	for _, tt := range []struct {
@@ -3425,7 +3425,7 @@ func TestWhatAClientThatLeftAskedForLeavesNoHalves(t *testing.T) {
 				return nil
 			}
 			a := s.request(ctx, oneAddr, tt.route, adaEmail, password, tt.cookie)
-			s.server.finish(s.Context())
+			s.server.drain(s.Context())
 			accounts := query[int](s.service, `SELECT count(*) FROM users`)
 			if sessions := len(s.sessions.ids()) - 1; accounts != 1 || sessions != tt.sessions {
 				s.Errorf("status %d, %d accounts and %d new sessions, want 1 and %d",
