@@ -320,13 +320,14 @@ func parseProxies(text string) ([]netip.Prefix, error) {
 }
 
 // tuneRuntime sets what the environment leaves unset. The live heap is a megabyte or two, so the default
-// GOGC=100 would collect it dozens of times a second under load, for a sixth of the work of GET /user. At 500
-// that is 2 %, and the process stays below 40 MB. And there are threads enough beside those that bcrypt holds
-// for its quarter of a second: the kernel shares a core between threads fairly, where Go's scheduler, with as
-// many bcrypts as threads, makes a GET /user wait for its slices of 10 ms (BenchmarkUserDuringSignIns).
+// GOGC=100 would collect it dozens of times a second under load, for a sixth of the work of GET /user. At 300
+// that is a third of it, and a flood from 400 connections leaves the process below 64 MB. There are threads
+// enough beside those that bcrypt holds for its quarter of a second: the kernel shares a core between threads
+// fairly, where Go's scheduler, with as many bcrypts as threads, makes a GET /user wait for its slices of
+// 10 ms (BenchmarkUserDuringSignIns).
 func tuneRuntime(getenv func(string) string) {
 	if getenv("GOGC") == "" {
-		debug.SetGCPercent(500)
+		debug.SetGCPercent(300)
 	}
 	if getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0))

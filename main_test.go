@@ -1181,7 +1181,7 @@ func TestTheRuntimeIsTunedUnlessTheEnvironmentSays(t *testing.T) {
 		debug.SetGCPercent(before)
 	})
 	type tuning struct{ procs, percent int }
-	for value, want := range map[string]tuning{"1": {cores, 100}, "": {2 * cores, 500}} {
+	for value, want := range map[string]tuning{"1": {cores, 100}, "": {2 * cores, 300}} {
 		runtime.GOMAXPROCS(cores)
 		tuneRuntime(func(string) string { return value })
 		got := tuning{runtime.GOMAXPROCS(0), debug.SetGCPercent(100)}
