@@ -259,7 +259,7 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 		return 0, nil, err
 	}
 	client := s.clientOf(r)
-	passwordHash, err := s.hashForRegistration(r.Context(), form["password"], client)
+	passwordHash, err := s.hash(r.Context(), s.gate.newRegistration(client), form["password"])
 	if err != nil {
 		return 0, nil, err
 	}
@@ -279,16 +279,16 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	return http.StatusCreated, registration{User: user, SessionID: id}, nil
 }
 
-// hashForRegistration returns the password's hash. The registration is counted whatever comes of it.
-func (s *server) hashForRegistration(ctx context.Context, password string, c client) (string, error) {
+// hash waits for a slot and returns the hash of what bcrypt reads of a password. The try is counted: of
+// registrations, whatever comes of them.
+func (s *server) hash(ctx context.Context, try *try, password string) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, queueTimeout, errTooBusy)
 	defer cancel()
-	try := s.gate.newRegistration(c)
 	if err := try.acquire(ctx); err != nil {
 		return "", err
 	}
 	defer try.release()
-	hash, err := bcrypt.GenerateFromPassword([]byte(password), s.cfg.bcryptCost)
+	hash, err := bcrypt.GenerateFromPassword([]byte(firstBytes(password)), s.cfg.bcryptCost)
 	if err != nil {
 		return "", fmt.Errorf("hashing a password: %w", err)
 	}
@@ -431,13 +431,14 @@ func dummyHash(cost int) string {
 }
 
 // upgradeHash stores a password's hash anew if it is weaker than configured. It runs after the answer. If it
-// fails, or too many wait for bcrypt, the next sign-in tries again.
+// fails, or too many wait for bcrypt, the next sign-in tries again. To the fair queue, all that is stored anew
+// is one network's.
 func (s *server) upgradeHash(userID, oldHash, password string) {
 	cost, _ := bcrypt.Cost([]byte(oldHash)) // it was compared: no error
 	if cost >= s.cfg.bcryptCost {
 		return
 	}
-	newHash, err := s.hashAnew(password)
+	newHash, err := s.hash(context.Background(), s.gate.newTry(netip.Prefix{}), password)
 	if errors.Is(err, errTooBusy) {
 		return
 	}
@@ -447,20 +448,6 @@ func (s *server) upgradeHash(userID, oldHash, password string) {
 	if err != nil {
 		s.limited.log(s.log, slog.LevelWarn, "password hash not upgraded", "user", userID, "err", err)
 	}
-}
-
-// hashAnew hashes what bcrypt reads of a password. All that is stored anew stands in one line, that of no
-// network.
-func (s *server) hashAnew(password string) (string, error) {
-	ctx, cancel := context.WithTimeoutCause(context.Background(), queueTimeout, errTooBusy)
-	defer cancel()
-	try := s.gate.newTry(netip.Prefix{})
-	if err := try.acquire(ctx); err != nil {
-		return "", err
-	}
-	defer try.release()
-	hash, err := bcrypt.GenerateFromPassword([]byte(firstBytes(password)), s.cfg.bcryptCost)
-	return string(hash), err
 }
 
 func (s *server) showUser(w http.ResponseWriter, r *http.Request) (int, any, error) {

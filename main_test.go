@@ -2970,7 +2970,7 @@ func TestNoNetworkWaitsForAnothersLine(t *testing.T) {
 					if strings.HasPrefix(tt.route, "POST") {
 						s.request(s.Context(), client, tt.route, newEmail(), wrongPassword)
 					} else {
-						s.server.hashAnew(password)
+						s.server.hash(s.Context(), s.server.gate.newTry(netip.Prefix{}), password)
 					}
 				})
 			}
