@@ -3315,7 +3315,7 @@ func TestATakenEmailCostsWhatAFreeOneDoes(t *testing.T) {
 	free := fastest(201, newEmail)
 	s.addAccount(adaEmail, bcrypt.MinCost)
 	taken := fastest(409, func() string { return adaEmail })
-	if taken < free/2 {
+	if taken < free/20 { // a busy machine slows either; without bcrypt it would be some hundredth
 		t.Errorf("409 takes %v, 201 takes %v, want the same", taken, free)
 	}
 }
