@@ -3910,18 +3910,18 @@ func TestRedisURLs(t *testing.T) {
 // ---------------------------------------------------------------------------------------------------
 // session.go: connecting.
 
-// virtualSessions are sessions in virtual time in a fake, by connections that dial makes or not. It is told how
-// many were tried before.
+// virtualSessions are sessions in virtual time, in the fakes that dial finds at an address.
 func virtualSessions(
-	t *testing.T, redis *fakeRedis, dial func(ctx context.Context, attempt int) error,
+	t *testing.T, url string, dial func(ctx context.Context, addr string) (*fakeRedis, error),
 ) *redisSessions {
-	target, err := parseRedisURL("redis://redis")
+	t.Helper()
+	target, err := parseRedisURL(url)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var attempts atomic.Int64
-	target.dialTCP = func(ctx context.Context, _, _ string) (net.Conn, error) {
-		if err := dial(ctx, int(attempts.Add(1)-1)); err != nil {
+	target.dialTCP = func(ctx context.Context, _, addr string) (net.Conn, error) {
+		redis, err := dial(ctx, addr)
+		if err != nil {
 			return nil, err
 		}
 		client, server := net.Pipe()
@@ -3931,6 +3931,17 @@ func virtualSessions(
 	s := newRedisSessions(target, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { s.Close() })
 	return s
+}
+
+// at returns a dial that knows these addresses, and hangs at any other.
+func at(fakes map[string]*fakeRedis) func(ctx context.Context, addr string) (*fakeRedis, error) {
+	return func(ctx context.Context, addr string) (*fakeRedis, error) {
+		if f := fakes[addr]; f != nil {
+			return f, nil
+		}
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 }
 
 func TestConnectingHasTimeOfItsOwn(t *testing.T) {
@@ -3971,7 +3982,11 @@ func TestConnectingHasTimeOfItsOwn(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s := virtualSessions(t, &fakeRedis{answer: plainReply}, tt.dial)
+				attempt := 0
+				s := virtualSessions(t, "redis://h", func(ctx context.Context, _ string) (*fakeRedis, error) {
+					attempt++
+					return &fakeRedis{answer: plainReply}, tt.dial(ctx, attempt-1)
+				})
 				began := time.Now()
 				var requests sync.WaitGroup
 				for range 1500 { // one each 10 ms
@@ -4011,29 +4026,93 @@ func TestAServerThatIsNoneToAskIsLeft(t *testing.T) {
 }
 
 func testLeaving(t *testing.T, word string) {
-	f := &fakeRedis{answer: func(command []string) string {
+	first := &fakeRedis{answer: func(command []string) string {
 		if command[0] == "DEL" {
 			time.Sleep(10 * time.Millisecond)
 			return "-" + word + "\r\n"
 		}
 		return plainReply(command)
 	}}
-	s := virtualSessions(t, f, func(context.Context, int) error { return nil })
-	wantRefusal := func(dials int64) {
-		err := s.Delete(t.Context(), newUUID())
-		if n := s.metrics()["redis_dials_total"]; !isRefusal(err, word) || n != dials {
-			t.Errorf("DEL: %v on connection %d, want %s on %d", err, n, word, dials)
+	second := &fakeRedis{answer: plainReply}
+	s := virtualSessions(t, "redis://first,second",
+		at(map[string]*fakeRedis{"first:6379": first, "second:6379": second}))
+	wantRefused := func() {
+		if err := s.Delete(t.Context(), newUUID()); !isRefusal(err, word) {
+			t.Errorf("DEL: %v, want %s", err, word)
 		}
 	}
-	wantRefusal(1)
-	wantRefusal(1) // the connection is young
+	wantRefused()
+	wantRefused() // the connection is young
 	time.Sleep(minStay)
-	var first sync.WaitGroup
-	first.Go(func() { wantRefusal(1) })
+	var last sync.WaitGroup
+	last.Go(wantRefused)
 	synctest.Wait()
 	wantOwn(t, s) // in flight behind it
-	first.Wait()
-	wantRefusal(2)
+	last.Wait()
+	if err := s.Delete(t.Context(), newUUID()); err != nil || second.seen("DEL") != 1 {
+		t.Errorf("DEL at the second host: %v", err)
+	}
+}
+
+// The connection to the old primary may live on behind a partition: what is written there is undone later.
+func TestAPrimaryThatSentinelsHaveReplacedIsLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		named := "old"
+		sentinel := &fakeRedis{answer: func([]string) string {
+			return "*2\r\n" + bulkString(named) + bulkString("1")
+		}}
+		old, replica := &fakeRedis{answer: plainReply}, &fakeRedis{answer: plainReply}
+		s := virtualSessions(t, "redis-sentinel://s/primary",
+			at(map[string]*fakeRedis{"s:26379": sentinel, "old:1": old, "new:1": replica}))
+		wantOwn(t, s)
+		time.Sleep(time.Minute)
+		wantOwn(t, s)
+		if _, open := old.connections(); old.seen("HGETALL") != 2 || s.metrics()["redis_retries_total"] > 0 || open > 1 {
+			t.Errorf("the primary that sentinels name was left, or has %d connections", open)
+		}
+		sentinel.locked(func() { named = "new" })
+		time.Sleep(10 * time.Second)
+		for _, call := range storeCalls {
+			if err := call(s, newUUID()); err != nil {
+				t.Error(err)
+			}
+		}
+		if old.seen("HGETALL") != 2 || replica.seen("HSET") != 1 || replica.seen("DEL") != 1 {
+			t.Errorf("the old primary was sent %s, the new one %s", old.commands(), replica.commands())
+		}
+	})
+}
+
+// A Redis that answers 1,400 lookups a second is asked by 3,000 clients.
+func TestAnOverloadedRedisIsNotGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const rate, seconds = 1400, 10
+		f := &fakeRedis{answer: func(command []string) string {
+			if command[0] == "HGETALL" {
+				time.Sleep(time.Second / rate)
+			}
+			return plainReply(command)
+		}}
+		s := virtualSessions(t, "redis://h", at(map[string]*fakeRedis{"h:6379": f}))
+		end := time.Now().Add(seconds * time.Second)
+		var answered atomic.Int64
+		together(3000, func(int) {
+			for time.Now().Before(end) {
+				_, err := s.Get(t.Context(), newUUID())
+				if err == nil {
+					answered.Add(1)
+				} else if !errors.Is(err, errTimeout) {
+					t.Errorf("Get: %v", err)
+				}
+			}
+		})
+		if n := answered.Load(); n < rate*seconds*8/10 {
+			t.Errorf("%d lookups were answered, want %d", n, rate*seconds)
+		}
+		if n := s.metrics()["redis_dials_total"]; n != 1 {
+			t.Errorf("%d connections, want 1", n)
+		}
+	})
 }
 
 func TestWhatCannotBeConnectedIsNamed(t *testing.T) {
@@ -4184,6 +4263,92 @@ func TestRedirections(t *testing.T) {
 	if addr != "[2001:db8::1]:6381" {
 		t.Errorf("an IPv6 address is read as %s", addr)
 	}
+}
+
+// A node is known as long as its connection stands.
+func TestALostNodeIsForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		id := newUUID()
+		slot := slotOf(sessionKey(id))
+		node := "lost:1"
+		moving := func(command []string) string {
+			if len(command) > 1 && command[1] == sessionKey(id) {
+				return fmt.Sprintf("-MOVED %d %s\r\n", slot, node)
+			}
+			return plainReply(command)
+		}
+		lost := &fakeRedis{answer: plainReply}
+		other := &fakeRedis{answer: func(command []string) string { // it has taken the lost node's address
+			switch command[0] {
+			case "HGETALL":
+				return "*0\r\n"
+			case "DEL":
+				return ":0\r\n"
+			}
+			return plainReply(command)
+		}}
+		fakes := map[string]*fakeRedis{"entry:6379": {answer: moving}, "lost:1": lost,
+			"found:1": {answer: plainReply}}
+		s := virtualSessions(t, "redis://entry", at(fakes))
+		if user, err := s.Get(t.Context(), id); user.ID != sessionKey(id) || err != nil || lost.seen("HGETALL") != 1 {
+			t.Fatalf("Get: %v, %v, want the node's answer", user, err)
+		}
+		lost.locked(func() { lost.answer = func([]string) string { return cutOff } })
+		fakes["lost:1"] = other
+		node = "found:1"
+		if user, err := s.Get(t.Context(), id); user.ID != sessionKey(id) || err != nil {
+			t.Errorf("Get: %v, %v, want the session", user, err)
+		}
+		if err := s.Delete(t.Context(), id); err != nil {
+			t.Errorf("Delete: %v", err)
+		}
+		if len(other.received) > 0 {
+			t.Errorf("the other Redis was sent %s", other.commands())
+		}
+	})
+}
+
+// Nodes have left a cluster, and drop packets. They are not dialled when the entry is lost.
+func TestNodesThatLeftDelayNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		moved := true
+		silent := false
+		entry := &fakeRedis{answer: func(command []string) string {
+			switch {
+			case silent:
+				return ""
+			case moved && command[0] == "HGETALL":
+				slot := slotOf(command[1])
+				return fmt.Sprintf("-MOVED %d node%d:1\r\n", slot, slot%8)
+			}
+			return plainReply(command)
+		}}
+		fakes := map[string]*fakeRedis{"entry:6379": entry}
+		node := &fakeRedis{answer: plainReply}
+		for i := range 8 {
+			fakes[fmt.Sprintf("node%d:1", i)] = node
+		}
+		s := virtualSessions(t, "redis://entry", at(fakes))
+		for range 200 {
+			wantOwn(t, s)
+		}
+		node.locked(func() { node.answer = func([]string) string { return cutOff } })
+		moved = false
+		for i := range 8 {
+			delete(fakes, fmt.Sprintf("node%d:1", i))
+		}
+		if err := s.Ping(t.Context()); err != nil { // asks all nodes, too
+			t.Errorf("Ping: %v", err)
+		}
+		wantOwn(t, s)
+		silent = true
+		if _, err := s.Get(t.Context(), newUUID()); !errors.Is(err, errTimeout) {
+			t.Errorf("Get: %v, want errTimeout", err)
+		}
+		silent = false
+		time.Sleep(time.Second)
+		wantOwn(t, s)
+	})
 }
 
 // The race detector sees what is read into one lookup from two connections.

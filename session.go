@@ -362,26 +362,31 @@ func isRefusal(err error, words ...string) bool {
 // command is a command's name and its arguments.
 type command []any
 
-// operation is some commands that are sent together.
+// operation is some commands that are sent together, and what becomes of them.
 type operation struct {
 	commands []command
-	sendBy   time.Time // past it the operation is not sent any more
-	sends    int       // how often it may still be sent
-	replies  []any     // one a command: nil, string, int64, []byte, []any, or redis.Error if refused
-	done     chan error
+	begun    time.Time
+	deadline time.Time  // past it nobody waits any more
+	sends    int        // how often it may still be sent
+	replies  []any      // one a command: nil, string, int64, []byte, []any, or redis.Error if refused
+	done     chan error // with room for one
 }
 
-// newOperation returns an operation that is to be answered by deadline. Half of the time is for waiting to be
-// sent: what an overloaded Redis still answers is then in time.
 func newOperation(commands []command, sends int, deadline time.Time) *operation {
-	now := time.Now()
 	return &operation{
 		commands: commands,
-		sendBy:   now.Add(deadline.Sub(now) / 2),
+		begun:    time.Now(),
+		deadline: deadline,
 		sends:    sends,
 		replies:  make([]any, 0, len(commands)),
 		done:     make(chan error, 1),
 	}
+}
+
+// isLate tells whether the operation has waited for longer than it has left. Such a one is not sent any more:
+// an overloaded Redis would answer it too late.
+func (op *operation) isLate(now time.Time) bool {
+	return now.Sub(op.begun) > op.deadline.Sub(now)
 }
 
 // finish ends the operation, with nil when its replies are proved. From then on it belongs to its caller.
@@ -429,11 +434,11 @@ type pipeline struct {
 
 // do has an operation sent, and returns when it is answered or at the deadline. Then nothing of the operation
 // may be read: it may yet be sent.
-func (p *pipeline) do(op *operation, deadline time.Time) error {
+func (p *pipeline) do(op *operation) error {
 	if err := p.enqueue(op); err != nil {
 		return err
 	}
-	timer := time.NewTimer(time.Until(deadline))
+	timer := time.NewTimer(op.deadline.Sub(op.begun))
 	defer timer.Stop()
 	select {
 	case err := <-op.done:
@@ -614,11 +619,11 @@ func (p *pipeline) take(n int) []*operation {
 	return taken
 }
 
-// dropLate finishes the operations that have waited too long to be sent, and returns the others.
+// dropLate finishes the operations that are too late to be sent, and returns the others.
 func (p *pipeline) dropLate(operations []*operation) []*operation {
 	now := time.Now()
 	return slices.DeleteFunc(operations, func(op *operation) bool {
-		late := now.After(op.sendBy)
+		late := op.isLate(now)
 		if late {
 			op.finish(fmt.Errorf("%w: %s: too many requests were before it", errTimeout, p.name))
 		}
@@ -1131,9 +1136,9 @@ func (t *redisTarget) String() string {
 	return text
 }
 
-// router finds the pipeline to ask for a key. That is the entry, or where Redis is a cluster the node that has
-// the key's slot. Where a slot is it learns from Redis's redirections, and forgets when the connection to that
-// node ends. What it does not know it asks the entry.
+// router finds the pipeline to ask for a key: the entry, or where Redis is a cluster the node that has the
+// key's slot. It learns a slot's node from Redis's redirections, and forgets it when the connection to the node
+// ends. The entry is asked for what is not known.
 // https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
 type router struct {
 	target  *redisTarget
@@ -1160,7 +1165,7 @@ func newRouter(target *redisTarget, log *slog.Logger) *router {
 }
 
 // do sends commands on a key to the server that has it, at most sends times, and returns a reply for each.
-// Cancelling ctx does nothing, as watching for that would cost more than a lookup takes; its deadline is kept.
+// ctx's deadline is kept. Cancelling ctx does nothing: watching for that would cost more than a lookup takes.
 func (r *router) do(ctx context.Context, key string, sends int, commands ...command) ([]any, error) {
 	r.stats.operations.Add(1)
 	deadline := time.Now().Add(operationTimeout)
@@ -1172,12 +1177,12 @@ func (r *router) do(ctx context.Context, key string, sends int, commands ...comm
 	cause := fmt.Errorf("%w: more than %d redirections", errUnavailable, maxRedirections)
 	for range 1 + maxRedirections {
 		op := newOperation(toSend, sends, deadline)
-		err := server.do(op, deadline)
+		err := server.do(op)
 		if err == nil {
 			return op.replies[len(toSend)-len(commands):], nil
 		}
-		if !errors.Is(err, errRefused) {
-			cause = err // the servers that redirect to this one may go on
+		if !isRefusal(err, "MOVED", "ASK") {
+			cause = err // others may go on redirecting to this server
 		}
 		next, asking := r.next(key, server, op, err)
 		if next == nil {
@@ -1248,7 +1253,7 @@ func (r *router) ping(ctx context.Context) error {
 	for _, node := range nodes {
 		go func() {
 			deadline := time.Now().Add(operationTimeout)
-			answers <- node.do(newOperation(nil, sendOnce, deadline), deadline)
+			answers <- node.do(newOperation(nil, sendOnce, deadline))
 		}()
 	}
 	var err error
