@@ -6061,8 +6061,8 @@ func TestASentinelThatKnowsLessIsPassedOver(t *testing.T) {
 	}
 }
 
-// privateCertificate is its own authority, for 127.0.0.1 alone.
-func privateCertificate(t *testing.T) (certificate, key []byte) {
+// privateCertificate is its own authority, for one host alone: a name or an IP address.
+func privateCertificate(t *testing.T, host string) (certificate, key []byte) {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
 	if err != nil {
@@ -6071,9 +6071,13 @@ func privateCertificate(t *testing.T) (certificate, key []byte) {
 	template := &x509.Certificate{
 		SerialNumber:          big.NewInt(1),
 		NotAfter:              time.Now().Add(24 * time.Hour),
-		IPAddresses:           []net.IP{net.IPv4(127, 0, 0, 1)},
 		IsCA:                  true,
 		BasicConstraintsValid: true,
+	}
+	if ip := net.ParseIP(host); ip != nil {
+		template.IPAddresses = []net.IP{ip}
+	} else {
+		template.DNSNames = []string{host}
 	}
 	public := private.Public()
 	certificate, err = x509.CreateCertificate(cryptorand.Reader, template, template, public, private)
@@ -6088,39 +6092,47 @@ func privateCertificate(t *testing.T) (certificate, key []byte) {
 		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})
 }
 
-func TestRedisOverTLSWithAPrivateCA(t *testing.T) {
-	t.Parallel()
-	certificate, key := privateCertificate(t)
+// tlsRedis are servers over TLS with one certificate, which is its own authority.
+type tlsRedis struct {
+	*redisHost
+	options []string
+	trust   string // SSL_CERT_FILE=…
+}
+
+func newTLSRedis(t *testing.T, name string) *tlsRedis {
+	t.Helper()
+	certificate, key := privateCertificate(t, name)
 	file := filepath.Join(t.TempDir(), "ca.pem")
 	if err := os.WriteFile(file, certificate, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	host := ownRedisHost(t)
 	certFile, keyFile := host.write(t, "cert.pem", certificate), host.write(t, "key.pem", key)
-	serve := func(options ...string) (admin, addr string) { // past TLS, and over it
-		port := host.port()
-		server := host.start(t, slices.Concat([]string{"--tls-port", port, "--tls-ca-cert-file", certFile,
-			"--tls-cert-file", certFile, "--tls-key-file", keyFile, "--requirepass", "s3cret"}, options)...)
-		return "redis://:s3cret@" + server.addr(), "127.0.0.1:" + port
-	}
-	launch := func(addr string, vars ...string) *service {
-		s := startProcess(t, append(vars, "REDIS_URL=rediss://:s3cret@"+addr)...)
-		s.secret("s3cret")
-		return s
-	}
-	trust := "SSL_CERT_FILE=" + file
+	return &tlsRedis{host, []string{"--tls-ca-cert-file", certFile, "--tls-cert-file", certFile,
+		"--tls-key-file", keyFile, "--requirepass", "s3cret"}, "SSL_CERT_FILE=" + file}
+}
 
-	// Two nodes of a cluster, with half of the slots each.
-	var admins, addrs []string
+// serve starts a server, and returns its URL past TLS and its port over it.
+func (r *tlsRedis) serve(t *testing.T, options ...string) (admin, port string) {
+	t.Helper()
+	port = r.port()
+	server := r.start(t, slices.Concat(r.options, []string{"--tls-port", port}, options)...)
+	return "redis://:s3cret@" + server.addr(), port
+}
+
+// serveCluster starts two nodes, each with half of the slots, which announce themselves by IP address or by
+// the name localhost.
+func (r *tlsRedis) serveCluster(t *testing.T, announce string) (port string) {
+	t.Helper()
+	var admins, ports []string
 	for i := range 2 {
-		bus := host.port()
-		admin, addr := serve("--tls-auth-clients", "no", "--tls-cluster", "yes", "--cluster-enabled", "yes",
+		bus := r.port()
+		admin, port := r.serve(t, "--tls-auth-clients", "no", "--tls-cluster", "yes", "--cluster-enabled", "yes",
 			"--cluster-port", bus, "--cluster-config-file", bus+".nodes",
-			"--cluster-announce-hostname", "localhost")
+			"--cluster-announce-hostname", "localhost", "--cluster-preferred-endpoint-type", announce)
 		redisDo(t, admin, "CLUSTER", "ADDSLOTSRANGE", 8192*i, 8192*i+8191)
-		admins, addrs = append(admins, admin), append(addrs, addr)
+		admins, ports = append(admins, admin), append(ports, port)
 		if i == 1 {
-			_, port, _ := net.SplitHostPort(addr)
 			redisDo(t, admins[0], "CLUSTER", "MEET", "127.0.0.1", port, bus)
 		}
 	}
@@ -6130,26 +6142,55 @@ func TestRedisOverTLSWithAPrivateCA(t *testing.T) {
 			return strings.Contains(info, "cluster_state:ok")
 		})
 	}
-	s := launch(addrs[0], trust)
-	s.wantTurns(20) // on both
-	s.log.find(t, "Redis is a cluster")
+	return ports[0]
+}
 
-	_, strict := serve("--tls-auth-clients", "yes")
-	for _, tt := range []struct{ addr, vars, cause string }{
-		{addrs[0], "", "certificate signed by unknown authority"},
-		{strict, trust, "certificate required"},
-		{addrs[0], trust, "wanted to match localhost"}, // which is what MOVED calls the other node now
+func TestRedisOverTLSWithAPrivateCA(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name        string
+		certificate string // for this host
+		host        string // in REDIS_URL
+		announce    string // how a cluster announces its nodes; "": no cluster
+		distrust    bool
+		cause       string // why it is refused; "": it is not
+	}{
+		{name: "an address", certificate: "127.0.0.1", host: "127.0.0.1", announce: "ip"},
+		{name: "a name, nodes announced by address", certificate: "localhost", host: "localhost", announce: "ip"},
+		{name: "a name, nodes announced by it", certificate: "localhost", host: "localhost", announce: "hostname"},
+		{name: "an address, nodes announced by name", certificate: "127.0.0.1", host: "127.0.0.1",
+			announce: "hostname", cause: "wanted to match localhost"},
+		{name: "a name, asked by address", certificate: "localhost", host: "127.0.0.1", announce: "ip",
+			cause: "doesn't contain any IP SANs"},
+		{name: "of an unknown authority", certificate: "127.0.0.1", host: "127.0.0.1", distrust: true,
+			cause: "certificate signed by unknown authority"},
+		{name: "clients need one, too", certificate: "127.0.0.1", host: "127.0.0.1",
+			cause: "certificate required"},
 	} {
-		if tt.cause == "wanted to match localhost" {
-			for _, admin := range admins {
-				redisDo(t, admin, "CONFIG", "SET", "cluster-preferred-endpoint-type", "hostname")
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			r := newTLSRedis(t, tt.certificate)
+			var port string
+			if tt.announce != "" {
+				port = r.serveCluster(t, tt.announce)
+			} else {
+				_, port = r.serve(t, "--tls-auth-clients", "yes")
 			}
-		}
-		s := launch(tt.addr, tt.vars)
-		s.expectErrors()
-		eventually(t, 10*time.Second, tt.cause, func() bool {
-			s.status("GET", "/user", "", cookie(newUUID()))
-			return strings.Contains(s.log.String(), tt.cause)
+			if tt.distrust {
+				r.trust = ""
+			}
+			s := startProcess(t, r.trust, "REDIS_URL=rediss://:s3cret@"+tt.host+":"+port)
+			s.secret("s3cret")
+			if tt.cause == "" {
+				s.wantTurns(20) // on both
+				s.log.find(t, "Redis is a cluster")
+				return
+			}
+			s.expectErrors()
+			eventually(t, 10*time.Second, tt.cause, func() bool {
+				s.status("GET", "/user", "", cookie(newUUID()))
+				return strings.Contains(s.log.String(), tt.cause)
+			})
 		})
 	}
 }
