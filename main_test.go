@@ -3910,17 +3910,17 @@ func TestRedisURLs(t *testing.T) {
 // ---------------------------------------------------------------------------------------------------
 // session.go: connecting.
 
-// virtualSessions are sessions in virtual time, in the fakes that dial finds at an address.
+// virtualSessions are sessions in virtual time, in the fakes that find knows by address.
 func virtualSessions(
-	t *testing.T, url string, dial func(ctx context.Context, addr string) (*fakeRedis, error),
+	t *testing.T, url string, find func(ctx context.Context, addr string) (*fakeRedis, error),
 ) *redisSessions {
 	t.Helper()
 	target, err := parseRedisURL(url)
 	if err != nil {
 		t.Fatal(err)
 	}
-	target.dialTCP = func(ctx context.Context, _, addr string) (net.Conn, error) {
-		redis, err := dial(ctx, addr)
+	dial := func(ctx context.Context, _, addr string) (net.Conn, error) {
+		redis, err := find(ctx, addr)
 		if err != nil {
 			return nil, err
 		}
@@ -3928,12 +3928,12 @@ func virtualSessions(
 		go redis.serve(server)
 		return client, nil
 	}
-	s := newRedisSessions(target, slog.New(slog.DiscardHandler))
+	s := &redisSessions{newRouter(&redisDialer{target, dial}, slog.New(slog.DiscardHandler))}
 	t.Cleanup(func() { s.Close() })
 	return s
 }
 
-// at returns a dial that knows these addresses, and hangs at any other.
+// at returns a find that knows these addresses, and hangs at any other.
 func at(fakes map[string]*fakeRedis) func(ctx context.Context, addr string) (*fakeRedis, error) {
 	return func(ctx context.Context, addr string) (*fakeRedis, error) {
 		if f := fakes[addr]; f != nil {

@@ -159,7 +159,8 @@ type redisSessions struct {
 }
 
 func newRedisSessions(target *redisTarget, log *slog.Logger) *redisSessions {
-	return &redisSessions{newRouter(target, log)}
+	dialer := &redisDialer{target: target, dialTCP: new(net.Dialer).DialContext}
+	return &redisSessions{newRouter(dialer, log)}
 }
 
 func sessionKey(id string) string { return "session:" + id }
@@ -869,12 +870,18 @@ func (c *redisConn) fail(err error) {
 	close(c.ended)
 }
 
+// redisDialer connects to the servers of a target.
+type redisDialer struct {
+	target  *redisTarget
+	dialTCP func(ctx context.Context, network, addr string) (net.Conn, error)
+}
+
 // dial connects to the first server of addrs that answers before ctx ends, beginning at index first.
-func (t *redisTarget) dial(ctx context.Context, addrs []string, first int) (*redisConn, error) {
+func (d *redisDialer) dial(ctx context.Context, addrs []string, first int) (*redisConn, error) {
 	var errs []error
 	for i := range addrs {
 		place := (first + i) % len(addrs)
-		conn, err := t.dialAt(ctx, addrs[place])
+		conn, err := d.dialAt(ctx, addrs[place])
 		if err == nil {
 			conn.place = place
 			return conn, nil
@@ -886,15 +893,15 @@ func (t *redisTarget) dial(ctx context.Context, addrs []string, first int) (*red
 
 // dialAt connects to the server at addr, or to the primary that the sentinel at addr knows. One that has not
 // heard of a failover yet names the old primary. So the server is asked for its role.
-func (t *redisTarget) dialAt(ctx context.Context, addr string) (*redisConn, error) {
-	if t.primary == "" {
-		return t.dialServer(ctx, addr)
+func (d *redisDialer) dialAt(ctx context.Context, addr string) (*redisConn, error) {
+	if d.target.primary == "" {
+		return d.dialServer(ctx, addr)
 	}
-	server, err := t.askSentinel(ctx, addr)
+	server, err := d.askSentinel(ctx, addr)
 	if err != nil {
 		return nil, fmt.Errorf("sentinel %w", err)
 	}
-	conn, err := t.dialServer(ctx, server)
+	conn, err := d.dialServer(ctx, server)
 	if err != nil {
 		return nil, fmt.Errorf("sentinel %s: %w", addr, err)
 	}
@@ -902,19 +909,19 @@ func (t *redisTarget) dialAt(ctx context.Context, addr string) (*redisConn, erro
 }
 
 // dialServer connects to a server, logs in, selects the database and has it answer an ECHO.
-func (t *redisTarget) dialServer(ctx context.Context, addr string) (*redisConn, error) {
-	return t.connect(ctx, addr, func(conn *redisConn) error {
-		if t.user != "" || t.password != "" {
-			if err := t.logIn(conn); err != nil {
+func (d *redisDialer) dialServer(ctx context.Context, addr string) (*redisConn, error) {
+	return d.connect(ctx, addr, func(conn *redisConn) error {
+		if d.target.user != "" || d.target.password != "" {
+			if err := d.logIn(conn); err != nil {
 				return err
 			}
 		}
-		if t.database != 0 {
-			if _, err := conn.do("SELECT", t.database); err != nil {
+		if d.target.database != 0 {
+			if _, err := conn.do("SELECT", d.target.database); err != nil {
 				return err
 			}
 		}
-		if t.primary != "" {
+		if d.target.primary != "" {
 			if err := checkPrimary(conn); err != nil {
 				return err
 			}
@@ -928,12 +935,12 @@ func (t *redisTarget) dialServer(ctx context.Context, addr string) (*redisConn, 
 }
 
 // logIn is not left to redigo's dialling, which ignores a user without a password.
-func (t *redisTarget) logIn(conn *redisConn) error {
-	if t.user == "" {
-		_, err := conn.do("AUTH", t.password)
+func (d *redisDialer) logIn(conn *redisConn) error {
+	if d.target.user == "" {
+		_, err := conn.do("AUTH", d.target.password)
 		return err
 	}
-	_, err := conn.do("AUTH", t.user, t.password)
+	_, err := conn.do("AUTH", d.target.user, d.target.password)
 	return err
 }
 
@@ -950,24 +957,24 @@ func checkPrimary(conn *redisConn) error {
 
 // askSentinel returns the address of the primary that a sentinel knows. A sentinel is told the password only
 // when it asks for one.
-func (t *redisTarget) askSentinel(ctx context.Context, sentinel string) (string, error) {
+func (d *redisDialer) askSentinel(ctx context.Context, sentinel string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, sentinelTimeout)
 	defer cancel()
 	var addr []string
 	ask := func(conn *redisConn) (err error) {
-		addr, err = redis.Strings(conn.do("SENTINEL", "get-master-addr-by-name", t.primary))
+		addr, err = redis.Strings(conn.do("SENTINEL", "get-master-addr-by-name", d.target.primary))
 		return err
 	}
-	conn, err := t.connect(ctx, sentinel, func(conn *redisConn) error {
+	conn, err := d.connect(ctx, sentinel, func(conn *redisConn) error {
 		err := ask(conn)
-		if isRefusal(err, "NOAUTH") && t.password != "" {
-			if _, err := conn.do("AUTH", t.password); err != nil {
+		if isRefusal(err, "NOAUTH") && d.target.password != "" {
+			if _, err := conn.do("AUTH", d.target.password); err != nil {
 				return err
 			}
 			err = ask(conn)
 		}
 		if errors.Is(err, redis.ErrNil) {
-			return fmt.Errorf("knows no primary %q", t.primary)
+			return fmt.Errorf("knows no primary %q", d.target.primary)
 		}
 		if err == nil && len(addr) != 2 {
 			return errReplyKind
@@ -982,20 +989,20 @@ func (t *redisTarget) askSentinel(ctx context.Context, sentinel string) (string,
 }
 
 // connect opens a connection and has greet talk to the server, until ctx ends.
-func (t *redisTarget) connect(
+func (d *redisDialer) connect(
 	ctx context.Context, addr string, greet func(*redisConn) error,
 ) (*redisConn, error) {
-	socket, err := t.dialTCP(ctx, "tcp", addr)
+	socket, err := d.dialTCP(ctx, "tcp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", addr, err)
 	}
 	past := time.Unix(1, 0)
 	stop := context.AfterFunc(ctx, func() { socket.SetDeadline(past) })
 	stream := socket
-	if t.scheme == "rediss" { // its handshake comes with the first command
-		stream = tls.Client(socket, &tls.Config{ServerName: t.certificateName(addr)})
+	if d.target.scheme == "rediss" { // its handshake comes with the first command
+		stream = tls.Client(socket, &tls.Config{ServerName: d.certificateName(addr)})
 	}
-	conn := newRedisConn(addr, t.user, socket, stream)
+	conn := newRedisConn(addr, d.target.user, socket, stream)
 	err = greet(conn)
 	if !stop() {
 		err = ctx.Err()
@@ -1009,12 +1016,12 @@ func (t *redisTarget) connect(
 
 // certificateName returns the name or the IP address that a server's certificate has to be for. A cluster
 // announces its nodes by IP address unless it is told otherwise: such a node has the name in REDIS_URL.
-func (t *redisTarget) certificateName(addr string) string {
+func (d *redisDialer) certificateName(addr string) string {
 	host, _, _ := net.SplitHostPort(addr)
-	if !isIP(host) || slices.Contains(t.addrs, addr) {
+	if !isIP(host) || slices.Contains(d.target.addrs, addr) {
 		return host
 	}
-	for _, known := range t.addrs {
+	for _, known := range d.target.addrs {
 		if name, _, _ := net.SplitHostPort(known); !isIP(name) {
 			return name
 		}
@@ -1035,7 +1042,6 @@ type redisTarget struct {
 	user     string   // "" for the default user; without a password too there is no login
 	password string
 	database int
-	dialTCP  func(ctx context.Context, network, addr string) (net.Conn, error)
 }
 
 const redisURLForms = "redis://[[user]:password@]host[:port][,host[:port]…][/database], " +
@@ -1052,7 +1058,7 @@ func parseRedisURL(text string) (*redisTarget, error) {
 		return nil, errors.New("the scheme is none of these")
 	}
 	authority, path, _ := strings.Cut(rest, "/")
-	t := &redisTarget{scheme: scheme, dialTCP: new(net.Dialer).DialContext}
+	t := &redisTarget{scheme: scheme}
 	if err := t.parseAuthority(authority); err != nil {
 		return nil, err
 	}
@@ -1141,7 +1147,7 @@ func (t *redisTarget) String() string {
 // ends. The entry is asked for what is not known.
 // https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
 type router struct {
-	target  *redisTarget
+	dialer  *redisDialer
 	log     *slog.Logger
 	stats   redisStats
 	closing context.Context
@@ -1155,10 +1161,10 @@ type router struct {
 	isCluster bool                 // a server has redirected
 }
 
-func newRouter(target *redisTarget, log *slog.Logger) *router {
-	r := &router{target: target, log: log, nodes: map[string]*pipeline{}}
+func newRouter(dialer *redisDialer, log *slog.Logger) *router {
+	r := &router{dialer: dialer, log: log, nodes: map[string]*pipeline{}}
 	r.closing, r.close = context.WithCancelCause(context.Background())
-	if target.primary != "" {
+	if dialer.target.primary != "" {
 		go r.followPrimary()
 	}
 	return r
@@ -1276,7 +1282,7 @@ func (r *router) serverOf(key string) *pipeline {
 	}
 	if r.entry == nil {
 		r.entry = r.start(&pipeline{
-			name:     r.target.String(),
+			name:     r.dialer.target.String(),
 			isEntry:  true,
 			patience: connectTimeout,
 			dial:     r.dialEntry,
@@ -1297,7 +1303,7 @@ func (r *router) start(p *pipeline) *pipeline {
 
 // dialEntry connects to one of the servers in REDIS_URL, or of the nodes that stand.
 func (r *router) dialEntry(ctx context.Context, attempt int) (*redisConn, error) {
-	addrs := slices.Clone(r.target.addrs)
+	addrs := slices.Clone(r.dialer.target.addrs)
 	for _, node := range r.standingNodes() {
 		if !slices.Contains(addrs, node.name) {
 			addrs = append(addrs, node.name)
@@ -1306,7 +1312,7 @@ func (r *router) dialEntry(ctx context.Context, attempt int) (*redisConn, error)
 	r.mu.Lock()
 	first := r.first
 	r.mu.Unlock()
-	return r.target.dial(ctx, addrs, first+attempt)
+	return r.dialer.dial(ctx, addrs, first+attempt)
 }
 
 // standingNodes returns the nodes with a connection, in the order of their addresses.
@@ -1348,7 +1354,7 @@ func (r *router) node(addr string) *pipeline {
 			name:     addr,
 			patience: operationTimeout,
 			dial: func(ctx context.Context, _ int) (*redisConn, error) {
-				return r.target.dialServer(ctx, addr)
+				return r.dialer.dialServer(ctx, addr)
 			},
 		})
 	}
@@ -1411,7 +1417,7 @@ func (r *router) followPrimary() {
 func (r *router) checkStillPrimary(conn *redisConn) {
 	ctx, cancel := context.WithTimeout(r.closing, connectTimeout)
 	defer cancel()
-	primary, err := r.target.dial(ctx, r.target.addrs, conn.place)
+	primary, err := r.dialer.dial(ctx, r.dialer.target.addrs, conn.place)
 	if err != nil {
 		return // as long as the connection stands the sentinels are not needed
 	}
