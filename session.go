@@ -390,8 +390,13 @@ func (op *operation) isLate(now time.Time) bool {
 	return now.Sub(op.begun) > op.deadline.Sub(now)
 }
 
-// finish ends the operation, with nil when its replies are proved. From then on it belongs to its caller.
-func (op *operation) finish(err error) { op.done <- err }
+// finish ends the operation, with nil when its replies are proved. Nothing comes of it after a time-out.
+func (op *operation) finish(err error) {
+	select {
+	case op.done <- err:
+	default:
+	}
+}
 
 func finishAll(operations []*operation, err error) {
 	for _, op := range operations {
@@ -433,26 +438,25 @@ type pipeline struct {
 	ended bool       // it takes no more operations
 }
 
-// do has an operation sent, and returns when it is answered or at the deadline. Then nothing of the operation
-// may be read: it may yet be sent.
+// do has an operation sent, and returns when it is answered or at its deadline. After an errTimeout nothing of
+// the operation may be read: it may yet be sent.
 func (p *pipeline) do(op *operation) error {
 	if err := p.enqueue(op); err != nil {
 		return err
 	}
-	timer := time.NewTimer(op.deadline.Sub(op.begun))
+	timer := time.AfterFunc(op.deadline.Sub(op.begun), func() { op.finish(p.timeout()) })
 	defer timer.Stop()
-	select {
-	case err := <-op.done:
-		if err != nil {
-			return err
-		}
-		return p.refused(op.replies)
-	case <-timer.C:
-		if p.standing() == nil {
-			return fmt.Errorf("%w: %s: no connection stands yet", errTimeout, p.name)
-		}
-		return fmt.Errorf("%w: %s", errTimeout, p.name)
+	if err := <-op.done; err != nil {
+		return err
 	}
+	return p.refused(op.replies)
+}
+
+func (p *pipeline) timeout() error {
+	if p.standing() == nil {
+		return fmt.Errorf("%w: %s: no connection stands yet", errTimeout, p.name)
+	}
+	return fmt.Errorf("%w: %s", errTimeout, p.name)
 }
 
 func (p *pipeline) enqueue(op *operation) error {
@@ -1143,7 +1147,7 @@ func (t *redisTarget) String() string {
 }
 
 // router finds the pipeline to ask for a key: the entry, or where Redis is a cluster the node that has the
-// key's slot. It learns a slot's node from Redis's redirections, and forgets it when the connection to the node
+// key's slot. It learns a slot's node from Redis's redirections, and forgets it when the connection to that
 // ends. The entry is asked for what is not known.
 // https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
 type router struct {
