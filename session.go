@@ -279,7 +279,7 @@ func (s *redisSessions) Close() error {
 	return nil
 }
 
-// metrics returns what was counted since the start over all servers, and how many operations wait to be sent.
+// metrics returns what was counted over all servers.
 func (s *redisSessions) metrics() map[string]int64 {
 	stats := &s.router.stats
 	return map[string]int64{
@@ -288,16 +288,18 @@ func (s *redisSessions) metrics() map[string]int64 {
 		"redis_retries_total":      stats.retries.Load(),
 		"redis_redirections_total": stats.redirections.Load(),
 		"redis_dials_total":        stats.dials.Load(),
-		"redis_queue":              int64(s.router.queued()),
+		"redis_queue":              stats.queued.Load(),
 	}
 }
 
+// redisStats counts since the start, but for queued, which tells how many operations wait to be sent.
 type redisStats struct {
 	operations   atomic.Int64
 	flushes      atomic.Int64
 	retries      atomic.Int64
 	redirections atomic.Int64
 	dials        atomic.Int64
+	queued       atomic.Int64
 }
 
 const (
@@ -469,6 +471,7 @@ func (p *pipeline) enqueue(op *operation) error {
 		return errQueueFull
 	}
 	p.queue = append(p.queue, op)
+	p.stats.queued.Add(1)
 	if len(p.queue) == 1 {
 		select {
 		case p.wake <- struct{}{}:
@@ -489,12 +492,6 @@ func (p *pipeline) standing() *redisConn {
 		return nil
 	}
 	return p.conn
-}
-
-func (p *pipeline) queued() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.queue)
 }
 
 // leave ends the connection if it is older than age.
@@ -620,6 +617,7 @@ func (p *pipeline) take(n int) []*operation {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	taken := p.queue[:min(n, len(p.queue))]
+	p.stats.queued.Add(int64(-len(taken)))
 	p.queue = append(make([]*operation, 0, len(p.queue)), p.queue[len(taken):]...)
 	return taken
 }
@@ -1429,20 +1427,6 @@ func (r *router) checkStillPrimary(conn *redisConn) {
 	if primary.server != conn.server {
 		conn.fail(errReplaced)
 	}
-}
-
-// queued returns how many operations wait to be sent.
-func (r *router) queued() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	n := 0
-	if r.entry != nil {
-		n = r.entry.queued()
-	}
-	for _, node := range r.nodes {
-		n += node.queued()
-	}
-	return n
 }
 
 // slotOf returns the slot of a key without braces: its CRC16 (XMODEM).
