@@ -3,17 +3,16 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
+
 	"log/slog"
 	"maps"
 	"net"
+	"net/netip"
 	"net/url"
 	"os"
 	"runtime"
@@ -155,47 +154,39 @@ func userTimes(parse func(string) (string, bool), createdAt string, updated ...s
 }
 
 // redisSessions is the Redis backend: one hash a session, as the original program wrote them.
-//
-// Each server has a pipeline: one connection that all requests share. Where Redis is a cluster, the cluster
-// tells which pipeline a session is asked for on.
 type redisSessions struct {
-	cluster *cluster
-	stats   *redisStats
-}
-
-// redisStats counts since the start, over all servers.
-type redisStats struct {
-	operations   atomic.Int64
-	flushes      atomic.Int64
-	retries      atomic.Int64
-	redirections atomic.Int64
-	dials        atomic.Int64
+	router *router
 }
 
 func newRedisSessions(target *redisTarget, log *slog.Logger) *redisSessions {
-	stats := &redisStats{}
-	return &redisSessions{cluster: newCluster(target, stats, log), stats: stats}
-}
-
-// metrics returns what was counted since the start, and how many operations wait to be sent.
-func (s *redisSessions) metrics() map[string]int64 {
-	return map[string]int64{
-		"redis_operations_total":   s.stats.operations.Load(),
-		"redis_flushes_total":      s.stats.flushes.Load(),
-		"redis_retries_total":      s.stats.retries.Load(),
-		"redis_redirections_total": s.stats.redirections.Load(),
-		"redis_dials_total":        s.stats.dials.Load(),
-		"redis_queue":              int64(s.cluster.queued()),
-	}
+	dialer := &redisDialer{target: target, dialTCP: new(net.Dialer).DialContext}
+	return &redisSessions{newRouter(dialer, log)}
 }
 
 func sessionKey(id string) string { return "session:" + id }
 
-// Create is never sent twice: a first try that arrives late could bring the session back after its DEL.
+// How often an operation may be sent. What only reads or deletes is sent once more where the connection ended
+// before the answer. A creation is not: a first one that arrives late could bring the session back after its
+// DEL.
+const (
+	sendOnce  = 1
+	sendAgain = 2
+)
+
+// Create makes the session in one transaction on one key. So none can be left without an end.
 func (s *redisSessions) Create(ctx context.Context, id string, user User, ttl time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, operationTimeout) // of the deletion, too
+	defer cancel()
 	key := sessionKey(id)
-	creation := &creation{key: key, user: user, ttl: int64(ttl / time.Second)}
-	err := s.cluster.do(ctx, s.cluster.nodeOf(key), creation, 1)
+	replies, err := s.router.do(ctx, key, sendOnce,
+		command{"MULTI"},
+		command{"HSET", key, "id", user.ID, "name", user.Name, "email", user.Email,
+			"createdAt", user.CreatedAt, "updatedAt", user.UpdatedAt},
+		command{"EXPIRE", key, int64(ttl / time.Second)},
+		command{"EXEC"})
+	if err == nil {
+		err = checkCreated(replies[3])
+	}
 	if errors.Is(err, errRefused) {
 		// Part of it may have been done: EXEC does not roll back, and after a refused MULTI the rest runs
 		// singly. What this leaves behind expires, should the deletion fail.
@@ -204,185 +195,142 @@ func (s *redisSessions) Create(ctx context.Context, id string, user User, ttl ti
 	return err
 }
 
+// checkCreated looks at EXEC's reply, of which do has found no element to be an error.
+func checkCreated(reply any) error {
+	results, ok := reply.([]any)
+	if !ok || len(results) != 2 {
+		return errReplyKind
+	}
+	if results[1] != int64(1) {
+		return fmt.Errorf("%w: EXPIRE has not set the session's end", errRefused)
+	}
+	return nil
+}
+
 func (s *redisSessions) Get(ctx context.Context, id string) (User, error) {
 	key := sessionKey(id)
-	lookup := &lookup{key: key}
-	if err := s.cluster.do(ctx, s.cluster.nodeOf(key), lookup, 2); err != nil {
-		if isRefusal(err, "WRONGTYPE") {
-			return User{}, errNoSession // the key holds something else than a hash
-		}
+	replies, err := s.router.do(ctx, key, sendAgain, command{"HGETALL", key})
+	if isRefusal(err, "WRONGTYPE") {
+		return User{}, errNoSession // the key holds something else than a hash
+	}
+	if err != nil {
 		return User{}, err
 	}
-	if lookup.user.ID == "" {
+	return parseSession(replies[0])
+}
+
+// parseSession reads HGETALL's reply: names and values by turns. Without an id it is errNoSession.
+func parseSession(reply any) (User, error) {
+	fields, ok := reply.([]any)
+	if !ok || len(fields)%2 != 0 {
+		return User{}, errReplyKind
+	}
+	var user User
+	var createdAt, updatedAt, updateAt string
+	for i := 0; i < len(fields); i += 2 {
+		name, nameOK := fields[i].([]byte)
+		value, valueOK := fields[i+1].([]byte)
+		if !nameOK || !valueOK {
+			return User{}, errReplyKind
+		}
+		switch string(name) {
+		case "id":
+			user.ID = string(value)
+		case "name":
+			user.Name = string(value)
+		case "email":
+			user.Email = string(value)
+		case "createdAt":
+			createdAt = string(value)
+		case "updatedAt":
+			updatedAt = string(value)
+		case "updateAt": // the original's
+			updateAt = string(value)
+		}
+	}
+	if user.ID == "" {
 		return User{}, errNoSession
 	}
-	return lookup.user, nil
+	user.CreatedAt, user.UpdatedAt = userTimes(parseSessionTime, createdAt, updatedAt, updateAt)
+	return user, nil
 }
 
 func (s *redisSessions) Delete(ctx context.Context, id string) error {
 	key := sessionKey(id)
-	deletion := &deletion{key: key}
-	if err := s.cluster.do(ctx, s.cluster.nodeOf(key), deletion, 2); err != nil {
+	replies, err := s.router.do(ctx, key, sendAgain, command{"DEL", key})
+	if err != nil {
 		return err
 	}
-	if deletion.deleted == 0 {
+	deleted, ok := replies[0].(int64)
+	if !ok {
+		return errReplyKind
+	}
+	if deleted == 0 {
 		return errNoSession
 	}
 	return nil
 }
 
 // Ping returns nil when any server of a cluster answers.
-func (s *redisSessions) Ping(ctx context.Context) error {
-	return s.cluster.ping(ctx)
-}
+func (s *redisSessions) Ping(ctx context.Context) error { return s.router.ping(ctx) }
 
 func (s *redisSessions) Close() error {
-	s.cluster.close()
+	s.router.close(errClosed)
 	return nil
 }
 
-// request is what an operation asks of Redis, and what becomes of the replies.
-type request interface {
-	send(conn redis.Conn) // encodes the commands; an error of conn shows in its Flush
-	read(r *replyReader)  // reads a reply for each command; is called again for a second try
-}
-
-// creation is one transaction on one key, so that no session can be left without an end.
-type creation struct {
-	key  string
-	user User
-	ttl  int64 // seconds
-}
-
-func (c *creation) send(conn redis.Conn) {
-	conn.Send("MULTI")
-	conn.Send("HSET", c.key, "id", c.user.ID, "name", c.user.Name, "email", c.user.Email,
-		"createdAt", c.user.CreatedAt, "updatedAt", c.user.UpdatedAt)
-	conn.Send("EXPIRE", c.key, c.ttl)
-	conn.Send("EXEC")
-}
-
-func (c *creation) read(r *replyReader) {
-	r.status("OK")
-	for range 2 { // HSET and EXPIRE
-		if r.refusal == "" {
-			r.status("QUEUED")
-		} else {
-			r.skip() // after a refused MULTI they are no part of a transaction
-		}
-	}
-	if r.refusal != "" {
-		r.skip()
-		return
-	}
-	if !r.array(2) {
-		return
-	}
-	r.number(':')
-	if r.number(':') != 1 && r.ok() {
-		r.refusal = "EXPIRE has not set the session's end"
+// metrics returns what was counted over all servers.
+func (s *redisSessions) metrics() map[string]int64 {
+	stats := &s.router.stats
+	return map[string]int64{
+		"redis_operations_total":   stats.operations.Load(),
+		"redis_flushes_total":      stats.flushes.Load(),
+		"redis_retries_total":      stats.retries.Load(),
+		"redis_redirections_total": stats.redirections.Load(),
+		"redis_dials_total":        stats.dials.Load(),
+		"redis_queue":              stats.queued.Load(),
 	}
 }
 
-type lookup struct {
-	key  string
-	user User // without an id: there is no session
+// redisStats counts since the start, but for queued, which tells how many operations wait to be sent.
+type redisStats struct {
+	operations   atomic.Int64
+	flushes      atomic.Int64
+	retries      atomic.Int64
+	redirections atomic.Int64
+	dials        atomic.Int64
+	queued       atomic.Int64
 }
 
-func (l *lookup) send(conn redis.Conn) { conn.Send("HGETALL", l.key) }
-
-func (l *lookup) read(r *replyReader) {
-	var user User
-	var createdAt, updatedAt, updateAt string
-	n := r.number('*')
-	if n%2 != 0 && r.ok() {
-		r.fail(errReplyShape)
-	}
-	for ; n > 0 && r.err == nil; n -= 2 {
-		var field *string
-		switch string(r.bulk()) {
-		case "id":
-			field = &user.ID
-		case "name":
-			field = &user.Name
-		case "email":
-			field = &user.Email
-		case "createdAt":
-			field = &createdAt
-		case "updatedAt":
-			field = &updatedAt
-		case "updateAt": // the original's
-			field = &updateAt
-		}
-		if field == nil {
-			r.skip()
-		} else {
-			*field = string(r.bulk())
-		}
-	}
-	user.CreatedAt, user.UpdatedAt = userTimes(parseSessionTime, createdAt, updatedAt, updateAt)
-	l.user = user
-}
-
-type deletion struct {
-	key     string
-	deleted int // keys
-}
-
-func (d *deletion) send(conn redis.Conn) { conn.Send("DEL", d.key) }
-func (d *deletion) read(r *replyReader)  { d.deleted = r.number(':') }
-
-// ping sends nothing: the ECHO that ends every flush is enough.
-type ping struct{}
-
-func (ping) send(redis.Conn)   {}
-func (ping) read(*replyReader) {}
-
-// asking is a request to a node of a cluster that is about to take over the key's slot. ASKING holds for the
-// next command, or the transaction that it begins.
-type asking struct {
-	request
-}
-
-func (a asking) send(conn redis.Conn) {
-	conn.Send("ASKING")
-	a.request.send(conn)
-}
-
-func (a asking) read(r *replyReader) {
-	r.status("OK")
-	a.request.read(r)
-}
-
-// The worst that an operation can take is 2 s: operationTimeout until it is sent, and then replyTimeout.
 const (
-	operationTimeout = time.Second      // past it an operation is not sent any more
-	replyTimeout     = time.Second      // from sending a flush to its last reply
+	operationTimeout = 2 * time.Second  // of an operation, from its beginning to its replies
+	proofTimeout     = time.Second      // of a connection, from one proof to the next
 	connectTimeout   = 10 * time.Second // name, TCP, TLS, login and first ECHO together
 	sentinelTimeout  = time.Second / 2  // asking one sentinel
+	sentinelInterval = 3 * time.Second  // of asking the sentinels while a connection stands
 	attemptInterval  = time.Second      // between attempts to connect while none has succeeded
-	attemptPause     = time.Second / 10 // after one that failed
-	expiryInterval   = time.Second / 10 // of looking for operations that have waited too long
-	minAge           = time.Second      // of a connection that is ended when Redis is no primary
+	minLife          = time.Second / 10 // of a pipeline, so that no server is dialled more often
+	minStay          = time.Second      // at a server, before another is looked for
 	maxQueued        = 8192             // operations that wait to be sent
-	maxReply         = 256 << 10        // bytes of an operation's replies; the original's need 200 kB
+	maxInFlight      = 512              // operations that wait for their replies
 	slotCount        = 16384            // of a cluster
-	maxRedirections  = 5                // of one operation in it
+	maxRedirections  = 5                // of one operation
 )
 
 var (
-	errClosed     = errors.New("the session store is closed")
-	errQueueFull  = errors.New("too many requests wait for Redis")
-	errNoTime     = errors.New("no time is left for Redis")
-	errBlocked    = errors.New("what was sent before has not been read in time")
-	errConnecting = errors.New("connecting takes longer than a request can wait")
-	errHungUp     = errors.New("closed the connection")
-	errReplyShape = errors.New("a reply of the wrong shape")
-	errReplySize  = errors.New("a reply larger than any session")
-	errOutOfStep  = errors.New("replies out of step")
-	errNoPrimary  = errors.New("is no primary")
+	errClosed       = fmt.Errorf("%w: it is closed", errUnavailable)
+	errQueueFull    = fmt.Errorf("%w: too many requests wait for Redis", errUnavailable)
+	errNotConnected = fmt.Errorf("%w: cannot connect", errUnavailable)
+	errReplyKind    = fmt.Errorf("%w: a reply of another kind than was asked for", errUnavailable)
+	// errLost is the end of a connection before an operation was answered.
+	errLost = fmt.Errorf("%w: connection lost", errUnavailable)
+	// errTimeout is an operation, or a connection, that was not answered in time.
+	errTimeout = fmt.Errorf("%w: no answer in time", errUnavailable)
 
-	errNotInCharge = errors.New("is no primary any more, or no node of its cluster")
+	errOutOfStep = errors.New("replies out of step")
+	errNoPrimary = errors.New("is no primary")
+	errLeft      = errors.New("left for another server")
+	errReplaced  = errors.New("the sentinels name another primary")
 )
 
 // refusedError is what Redis said no with. It is an errRefused.
@@ -404,539 +352,305 @@ func (e *refusedError) Error() string {
 	return e.server + ": " + text
 }
 
-// isRefusal tells whether err is what Redis refused with an error of this kind, such as "WRONGTYPE".
-func isRefusal(err error, kind string) bool {
+// isRefusal tells whether err is what Redis refused with one of these words, such as "WRONGTYPE".
+func isRefusal(err error, words ...string) bool {
 	refusal, ok := errors.AsType[*refusedError](err)
-	return ok && strings.HasPrefix(refusal.text, kind)
+	if !ok {
+		return false
+	}
+	word, _, _ := strings.Cut(refusal.text, " ")
+	return slices.Contains(words, word)
 }
 
-// operation is a request on its way.
+// command is a command's name and its arguments.
+type command []any
+
+// operation is some commands that are sent together, and what becomes of them.
 type operation struct {
-	request
-	deadline time.Time  // past it the operation is not sent any more
+	commands []command
+	begun    time.Time
+	deadline time.Time  // past it nobody waits any more
 	sends    int        // how often it may still be sent
-	conn     *redisConn // that it was sent on last
-
-	done chan struct{}
-	err  error // to be read when done is closed: nil, or an errUnavailable
+	replies  []any      // one a command: nil, string, int64, []byte, []any, or redis.Error if refused
+	done     chan error // with room for one
 }
 
-// again tells whether the operation may be sent once more after err. What timed out may not: the server is
-// slow enough without.
-func (op *operation) again(err error) bool {
-	return op.sends > 0 && !errors.Is(err, os.ErrDeadlineExceeded) && time.Now().Before(op.deadline)
+func newOperation(commands []command, sends int, deadline time.Time) *operation {
+	return &operation{
+		commands: commands,
+		begun:    time.Now(),
+		deadline: deadline,
+		sends:    sends,
+		replies:  make([]any, 0, len(commands)),
+		done:     make(chan error, 1),
+	}
 }
 
-// finish ends the operation, with nil when its request has read the replies.
+// isLate tells whether the operation has waited for longer than it has left. Such a one is not sent any more:
+// an overloaded Redis would answer it too late.
+func (op *operation) isLate(now time.Time) bool {
+	return now.Sub(op.begun) > op.deadline.Sub(now)
+}
+
+// finish ends the operation, with nil when its replies are proved. Nothing comes of it after a time-out.
 func (op *operation) finish(err error) {
-	if err != nil && !errors.Is(err, errUnavailable) {
-		err = fmt.Errorf("%w: %w", errUnavailable, err)
-	}
-	op.err = err
-	close(op.done)
-}
-
-// cluster finds the server to ask for a key: the entry, or where Redis is a cluster the node that has the
-// key's slot. Where a slot is, it learns from Redis's redirections, one slot at a time. What it does not know
-// it asks the entry. https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
-type cluster struct {
-	target *redisTarget
-	stats  *redisStats
-	log    *slog.Logger
-	entry  *pipeline // to the first server of REDIS_URL that answers
-
-	mu     sync.Mutex
-	nodes  map[string]*pipeline // by host:port; empty until Redis redirects
-	slots  [slotCount]*pipeline // the node of each slot that is known
-	closed bool
-}
-
-func newCluster(target *redisTarget, stats *redisStats, log *slog.Logger) *cluster {
-	c := &cluster{
-		target: target,
-		stats:  stats,
-		log:    log,
-		nodes:  map[string]*pipeline{},
-	}
-	c.entry = newPipeline(target.String(), stats, func(ctx context.Context, first int) (*redisConn, error) {
-		return target.dial(ctx, c.addresses(), first)
-	})
-	return c
-}
-
-// do sends a request to a server, at most sends times, and to others as Redis redirects it. It returns when
-// the replies are read. Cancelling ctx does nothing, as watching for that would cost more than a lookup
-// takes; its deadline is kept.
-func (c *cluster) do(ctx context.Context, server *pipeline, req request, sends int) error {
-	c.stats.operations.Add(1)
-	deadline := time.Now().Add(operationTimeout)
-	if end, ok := ctx.Deadline(); ok && end.Add(-replyTimeout).Before(deadline) {
-		deadline = end.Add(-replyTimeout)
-	}
-	next := req
-	cause := fmt.Errorf("%w: more than %d redirections", errUnavailable, maxRedirections)
-	for range 1 + maxRedirections {
-		op := &operation{request: next, deadline: deadline, sends: sends, done: make(chan struct{})}
-		server.do(op)
-		if op.err == nil {
-			return nil
-		}
-		if !errors.Is(op.err, errRefused) {
-			cause = op.err // to this node the others may go on redirecting
-		}
-		var ask bool
-		server, ask = c.redirect(server, op)
-		if server == nil {
-			return op.err
-		}
-		c.stats.redirections.Add(1)
-		next = req
-		if ask {
-			next = asking{req}
-		}
-	}
-	return cause
-}
-
-// ping asks the entry, and when that does not answer the other nodes that are connected.
-func (c *cluster) ping(ctx context.Context) error {
-	err := c.do(ctx, c.entry, ping{}, 2)
-	if err == nil {
-		return nil
-	}
-	c.mu.Lock()
-	nodes := slices.Collect(maps.Values(c.nodes))
-	c.mu.Unlock()
-	for _, node := range nodes {
-		if node.stands() && c.do(ctx, node, ping{}, 2) == nil {
-			return nil
-		}
-	}
-	return err
-}
-
-// redirect returns the server to which an operation that failed is to be sent next, nil for none, and whether
-// ASKING goes before it. A redirection means that nothing was done.
-func (c *cluster) redirect(from *pipeline, op *operation) (to *pipeline, ask bool) {
-	if refusal, ok := errors.AsType[*refusedError](op.err); ok {
-		kind, slot, addr := parseRedirection(refusal)
-		switch kind {
-		case "MOVED":
-			to := c.moved(slot, addr)
-			if to == from {
-				// An address that stands for several machines: the next connection may reach the right one.
-				op.conn.fail(errors.New("sends the slot's requests to itself"))
-			}
-			return to, false
-		case "ASK":
-			return c.node(addr), true
-		}
-		if from != c.entry && strings.HasPrefix(refusal.text, "CLUSTERDOWN") {
-			c.forget(from) // it may have left the cluster
-			return c.entry, false
-		}
-		return nil, false
-	}
-	if from == c.entry || from.stands() {
-		return nil, false
-	}
-	c.forget(from)
-	if !op.again(op.err) {
-		return nil, false
-	}
-	return c.entry, false
-}
-
-// nodeOf returns the server to ask for a key, the entry if that is not known.
-func (c *cluster) nodeOf(key string) *pipeline {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if len(c.nodes) == 0 {
-		return c.entry
-	}
-	if node := c.slots[slotOf(key)]; node != nil {
-		return node
-	}
-	return c.entry
-}
-
-// slotOf returns the slot of a key without braces: its CRC16 (XMODEM).
-func slotOf(key string) int {
-	var crc uint16
-	for i := range len(key) {
-		crc ^= uint16(key[i]) << 8
-		for range 8 {
-			carry := crc&0x8000 != 0
-			crc <<= 1
-			if carry {
-				crc ^= 0x1021
-			}
-		}
-	}
-	return int(crc % slotCount)
-}
-
-// parseRedirection reads "MOVED 3999 127.0.0.1:6381" or "ASK …". Without a host it is the one of the server
-// that says so. Another refusal has no kind.
-func parseRedirection(refusal *refusedError) (kind string, slot int, addr string) {
-	words := strings.Fields(refusal.text)
-	if len(words) != 3 || words[0] != "MOVED" && words[0] != "ASK" {
-		return "", 0, ""
-	}
-	slot, err := strconv.Atoi(words[1])
-	colon := strings.LastIndexByte(words[2], ':') // an IPv6 address has no brackets here
-	if err != nil || slot < 0 || slot >= slotCount || colon < 0 {
-		return "", 0, ""
-	}
-	host := words[2][:colon]
-	if host == "" || host == "?" {
-		host, _, _ = net.SplitHostPort(refusal.server)
-	}
-	return words[0], slot, net.JoinHostPort(host, words[2][colon+1:])
-}
-
-// moved notes the node of a slot, as another node told it, and returns it.
-func (c *cluster) moved(slot int, addr string) *pipeline {
-	node := c.node(addr)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.slots[slot] = node
-	return node
-}
-
-// node returns the pipeline to a node.
-func (c *cluster) node(addr string) *pipeline {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if len(c.nodes) == 0 {
-		c.log.Info("Redis is a cluster", "node", addr)
-	}
-	node := c.nodes[addr]
-	if node == nil {
-		node = newPipeline(addr, c.stats, func(ctx context.Context, _ int) (*redisConn, error) {
-			return c.target.dialServer(ctx, addr)
-		})
-		if c.closed {
-			node.close()
-		}
-		c.nodes[addr] = node
-	}
-	return node
-}
-
-// forget drops what is known of the slots of a node that is lost. Others tell where they went.
-func (c *cluster) forget(lost *pipeline) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for slot, node := range c.slots[:] {
-		if node == lost {
-			c.slots[slot] = nil
-		}
+	select {
+	case op.done <- err:
+	default:
 	}
 }
 
-// addresses returns those of the entry: the ones in REDIS_URL, and then all that redirections have named.
-func (c *cluster) addresses() []string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	addrs := slices.Clone(c.target.addrs)
-	for _, addr := range slices.Sorted(maps.Keys(c.nodes)) {
-		if !slices.Contains(addrs, addr) {
-			addrs = append(addrs, addr)
-		}
-	}
-	return addrs
-}
-
-// queued returns how many operations wait to be sent.
-func (c *cluster) queued() int {
-	n := c.entry.queued()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, node := range c.nodes {
-		n += node.queued()
-	}
-	return n
-}
-
-func (c *cluster) close() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.closed = true
-	c.entry.close()
-	for _, node := range c.nodes {
-		node.close()
-	}
-}
-
-// pipeline sends operations to a server over one connection. They are queued (add). One goroutine at a time
-// sends all that are queued, as a flush (sendQueued). Another reads the replies in order and hands them out
-// (receive). No operation waits for another's reply, nor for a connection longer than for its own deadline.
-type pipeline struct {
-	name    string // of the server, for messages
-	dial    func(ctx context.Context, first int) (*redisConn, error)
-	stats   *redisStats
-	closing context.Context // ends with close
-	stop    context.CancelFunc
-
-	mu       sync.Mutex
-	queue    []*operation
-	sending  bool       // a goroutine sends what is queued
-	dialing  bool       // a goroutine connects
-	conn     *redisConn // nil when none stands
-	failed   error      // of the last attempt to connect
-	failedAt time.Time
-	first    int // where the next attempt to connect begins in the list of addresses
-}
-
-func newPipeline(
-	name string, stats *redisStats, dial func(ctx context.Context, first int) (*redisConn, error),
-) *pipeline {
-	p := &pipeline{name: name, dial: dial, stats: stats}
-	p.closing, p.stop = context.WithCancel(context.Background())
-	return p
-}
-
-// do has an operation sent, and returns when it is finished.
-func (p *pipeline) do(op *operation) {
-	p.add(op)
-	<-op.done
-}
-
-// add queues an operation, or finishes it if it can only fail.
-func (p *pipeline) add(op *operation) {
-	p.mu.Lock()
-	err := p.enqueue(op)
-	p.mu.Unlock()
-	if err != nil {
+func finishAll(operations []*operation, err error) {
+	for _, op := range operations {
 		op.finish(err)
 	}
 }
 
-// enqueue queues an operation and sees to it that somebody sends it. The caller holds p.mu.
+// refusal returns the first error among replies and, of EXEC's, their elements.
+func refusal(replies []any) (redis.Error, bool) {
+	for _, reply := range replies {
+		switch reply := reply.(type) {
+		case redis.Error:
+			return reply, true
+		case []any:
+			if text, ok := refusal(reply); ok {
+				return text, true
+			}
+		}
+	}
+	return "", false
+}
+
+// pipeline sends operations to a server over one connection, which they share, and lives as long as that.
+// Operations may come while it connects. One goroutine connects, sends, and ends the pipeline (run); another
+// receives. Whoever takes an operation out of the queue sees to it that it is finished.
+type pipeline struct {
+	name     string // of the server, for messages
+	isEntry  bool   // of the router, and no node of a cluster
+	patience time.Duration
+	dial     func(ctx context.Context, attempt int) (*redisConn, error)
+	forget   func(*pipeline) // called before the pipeline takes no more operations
+	stats    *redisStats
+	closing  context.Context // ends when the store is closed
+	wake     chan struct{}   // holds an element if the queue may have become longer
+
+	mu    sync.Mutex
+	queue []*operation
+	conn  *redisConn // nil until there is one
+	ended bool       // it takes no more operations
+}
+
+// do has an operation sent, and returns when it is answered or at its deadline. After an errTimeout nothing of
+// the operation may be read: it may yet be sent.
+func (p *pipeline) do(op *operation) error {
+	if err := p.enqueue(op); err != nil {
+		return err
+	}
+	timer := time.AfterFunc(op.deadline.Sub(op.begun), func() { op.finish(p.timeout()) })
+	defer timer.Stop()
+	if err := <-op.done; err != nil {
+		return err
+	}
+	return p.refused(op.replies)
+}
+
+func (p *pipeline) timeout() error {
+	if p.standing() == nil {
+		return fmt.Errorf("%w: %s: no connection stands yet", errTimeout, p.name)
+	}
+	return fmt.Errorf("%w: %s", errTimeout, p.name)
+}
+
 func (p *pipeline) enqueue(op *operation) error {
-	now := time.Now()
-	switch {
-	case p.closing.Err() != nil:
-		return errClosed
-	case !now.Before(op.deadline):
-		return fmt.Errorf("%s: %w", p.name, errNoTime)
-	case len(p.queue) >= maxQueued:
-		return fmt.Errorf("%s: %w", p.name, errQueueFull)
-	case p.conn == nil && p.failed != nil && now.Sub(p.failedAt) < attemptPause:
-		return p.failed
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ended {
+		return p.lost()
+	}
+	if len(p.queue) >= maxQueued {
+		return errQueueFull
 	}
 	p.queue = append(p.queue, op)
-	p.wake()
+	p.stats.queued.Add(1)
+	if len(p.queue) == 1 {
+		select {
+		case p.wake <- struct{}{}:
+		default: // it holds an element already
+		}
+	}
 	return nil
 }
 
-// wake starts the goroutine that what is queued needs, unless it runs. The caller holds p.mu.
-func (p *pipeline) wake() {
-	switch {
-	case len(p.queue) == 0:
-	case p.conn == nil && !p.dialing:
-		p.dialing = true
-		go p.connect()
-	case p.conn != nil && !p.sending:
-		p.sending = true
-		go p.sendQueued()
-	}
-}
+// lost returns the error for operations that were not sent before the end.
+func (p *pipeline) lost() error { return fmt.Errorf("%w: %s", errLost, p.name) }
 
-// sendQueued sends what is queued, until nothing is or the connection ends.
-func (p *pipeline) sendQueued() {
-	for {
-		runtime.Gosched() // requests that are ready to run join this flush
-		p.mu.Lock()
-		p.expire(errBlocked)
-		conn := p.conn
-		operations := p.queue
-		if conn == nil || len(operations) == 0 {
-			p.sending = false
-			p.mu.Unlock()
-			return
-		}
-		p.queue = make([]*operation, 0, len(operations))
-		p.mu.Unlock()
-		conn.send(operations)
-	}
-}
-
-// expire finishes what is queued and past its deadline. The caller holds p.mu.
-func (p *pipeline) expire(cause error) {
-	now := time.Now()
-	p.queue = slices.DeleteFunc(p.queue, func(op *operation) bool {
-		expired := !now.Before(op.deadline)
-		if expired {
-			op.finish(fmt.Errorf("%s: %w", p.name, cause))
-		}
-		return expired
-	})
-}
-
-// connect dials until a connection stands, or all attempts have failed. A further attempt starts each
-// attemptInterval while operations wait, at the next address, and the first connection to stand is used.
-func (p *pipeline) connect() {
-	ctx, cancel := context.WithCancel(p.closing)
-	defer cancel() // ends the attempts that are late
+// standing returns the connection, nil if none stands.
+func (p *pipeline) standing() *redisConn {
 	p.mu.Lock()
-	first := p.first
+	defer p.mu.Unlock()
+	if p.conn == nil || p.conn.hasEnded() {
+		return nil
+	}
+	return p.conn
+}
+
+// leave ends the connection if it is older than age.
+func (p *pipeline) leave(age time.Duration) {
+	if conn := p.standing(); conn != nil && time.Since(conn.since) > age {
+		conn.fail(errLeft)
+	}
+}
+
+// refused returns a refusedError if Redis refused anything of an operation.
+func (p *pipeline) refused(replies []any) error {
+	text, ok := refusal(replies)
+	if !ok {
+		return nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.conn.refused(text)
+}
+
+// run is the life of a pipeline.
+func (p *pipeline) run() {
+	grownUp := time.After(minLife)
+	conn, err := p.connect()
+	if err == nil {
+		p.serve(conn)
+		err = p.lost()
+	} else {
+		finishAll(p.take(maxQueued), err)
+	}
+	select {
+	case <-grownUp:
+	case <-p.closing.Done():
+	}
+	p.forget(p) // first, so that whoever is told of the end finds another pipeline
+	p.mu.Lock()
+	p.ended = true
 	p.mu.Unlock()
-	attempts := make(chan dialed)
+	finishAll(p.take(maxQueued), err)
+}
+
+// connect makes one attempt, and another each attemptInterval, and returns the first connection to stand. It
+// fails with the latest error when no attempt is left.
+func (p *pipeline) connect() (*redisConn, error) {
+	late := fmt.Errorf("%s: no connection within %v", p.name, p.patience)
+	ctx, cancel := context.WithTimeoutCause(p.closing, p.patience, late)
+	defer cancel() // ends the attempts that are left
+	attempts := make(chan attempt)
 	started := 0
-	ended := 0
 	start := func() {
-		go p.attempt(ctx, first+started, attempts)
+		go p.attempt(ctx, started, attempts)
 		started++
 	}
 	start()
 	next := time.NewTicker(attemptInterval)
 	defer next.Stop()
-	expiry := time.NewTicker(expiryInterval)
-	defer expiry.Stop()
+	failed := 0
 	for {
 		select {
 		case a := <-attempts:
-			ended++
-			if p.connected(a, ended == started) {
-				return
+			if a.err == nil {
+				return a.conn, nil
+			}
+			failed++
+			if failed == started {
+				// %v: what a server refuses at login is no refusal of what waits.
+				return nil, fmt.Errorf("%w: %v", errNotConnected, a.err)
 			}
 		case <-next.C:
-			if p.queued() > 0 {
-				start()
-			}
-		case <-expiry.C:
-			p.mu.Lock()
-			p.expire(errConnecting)
-			p.mu.Unlock()
+			start()
 		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: %w", errNotConnected, context.Cause(ctx))
+		}
+	}
+}
+
+// attempt is what came of one attempt to connect.
+type attempt struct {
+	conn *redisConn
+	err  error
+}
+
+func (p *pipeline) attempt(ctx context.Context, number int, attempts chan<- attempt) {
+	p.stats.dials.Add(1)
+	conn, err := p.dial(ctx, number)
+	select {
+	case attempts <- attempt{conn, err}:
+	case <-ctx.Done(): // another one was first, or time is up
+		if err == nil {
+			conn.fail(errLeft)
+		}
+	}
+}
+
+// serve sends what is queued over conn until that ends.
+func (p *pipeline) serve(conn *redisConn) {
+	stop := context.AfterFunc(p.closing, func() { conn.fail(errClosed) })
+	defer stop()
+	p.mu.Lock()
+	p.conn = conn
+	p.mu.Unlock()
+	go conn.receive()
+	for {
+		select {
+		case <-p.wake:
+		case <-conn.ended:
 			return
 		}
-	}
-}
-
-// dialed is what came of one attempt to connect.
-type dialed struct {
-	first int // where it began in the list of addresses
-	conn  *redisConn
-	err   error
-}
-
-func (p *pipeline) attempt(ctx context.Context, first int, attempts chan<- dialed) {
-	p.stats.dials.Add(1)
-	dialCtx, cancel := context.WithTimeout(ctx, connectTimeout)
-	defer cancel()
-	conn, err := p.dial(dialCtx, first)
-	select {
-	case attempts <- dialed{first, conn, err}:
-	case <-ctx.Done(): // another one was first, or the store is closed
-		if err == nil {
-			closeNow(conn.socket)
-		}
-	}
-}
-
-// connected takes what came of an attempt into use: the connection, or the error for all that wait. It tells
-// whether connecting is over, which it is with a connection or after the last attempt.
-func (p *pipeline) connected(a dialed, last bool) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.dialing = a.err != nil && !last
-	if a.err != nil {
-		// A login that was refused is no refusal of what waits: none of that was sent.
-		p.failed = fmt.Errorf("%w: %v", errUnavailable, a.err)
-		p.failedAt = time.Now()
-		for _, op := range p.queue {
-			op.finish(p.failed)
-		}
-		p.queue = nil
-		return last
-	}
-	if p.closing.Err() != nil {
-		closeNow(a.conn.socket)
-		return true
-	}
-	a.conn.pipeline = p
-	p.conn = a.conn
-	p.failed = nil
-	p.first = a.first
-	go a.conn.receive()
-	p.wake()
-	return true
-}
-
-// leave takes a connection that has ended out of use. One that hung, or to a server that is none to ask any
-// more, is followed by one to another address, if there is any.
-func (p *pipeline) leave(conn *redisConn) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.conn == conn {
-		p.conn = nil
-		if errors.Is(conn.err, os.ErrDeadlineExceeded) || errors.Is(conn.err, errNotInCharge) {
-			p.first++
-		}
-	}
-	p.wake()
-}
-
-// settle settles what was in flight on a connection that has ended. The culprit is not sent again.
-func (p *pipeline) settle(conn *redisConn, culprit *operation) {
-	for _, f := range conn.inFlight {
-		for _, op := range f.operations {
-			if op == culprit || !op.again(conn.err) {
-				op.finish(conn.err)
-				continue
+		runtime.Gosched() // requests that are ready to run join this flush
+		for {
+			operations := p.take(conn.room())
+			if len(operations) == 0 {
+				break
 			}
-			p.stats.retries.Add(1)
-			p.add(op)
+			p.stats.flushes.Add(1)
+			conn.send(p.dropLate(operations))
 		}
 	}
 }
 
-// stands tells whether there is a connection.
-func (p *pipeline) stands() bool {
+// take takes at most n operations out of the queue, the oldest first.
+func (p *pipeline) take(n int) []*operation {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.conn != nil
+	taken := p.queue[:min(n, len(p.queue))]
+	p.stats.queued.Add(int64(-len(taken)))
+	p.queue = append(make([]*operation, 0, len(p.queue)), p.queue[len(taken):]...)
+	return taken
 }
 
-func (p *pipeline) queued() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.queue)
+// dropLate finishes the operations that are too late to be sent, and returns the others.
+func (p *pipeline) dropLate(operations []*operation) []*operation {
+	now := time.Now()
+	return slices.DeleteFunc(operations, func(op *operation) bool {
+		late := op.isLate(now)
+		if late {
+			op.finish(fmt.Errorf("%w: %s: too many requests were before it", errTimeout, p.name))
+		}
+		return late
+	})
 }
 
-func (p *pipeline) close() {
-	p.mu.Lock()
-	p.stop()
-	queue := p.queue
-	p.queue = nil
-	conn := p.conn
-	p.mu.Unlock()
-	for _, op := range queue {
-		op.finish(errClosed)
-	}
-	if conn != nil {
-		conn.fail(errClosed)
-	}
-}
-
-// redisConn is a connection, and what was sent on it and is not answered yet.
+// redisConn is a connection, and what is in flight on it: sent, and not answered yet.
 type redisConn struct {
-	pipeline *pipeline
-	server   string // host:port
-	user     string // that is logged in, "" for the default one
-	socket   net.Conn
-	encoder  redis.Conn
-	replies  replyReader
-	since    time.Time
-	nonce    string // never used before; each flush adds its number
-	flushes  int    // so far; only the sender counts
+	server string // host:port
+	user   string // that is logged in, "" for the default one
+	place  int    // of its address in the list that was dialled
+	socket net.Conn
+	redis  redis.Conn // encodes commands into the socket, and reads replies from it
+	since  time.Time
+	nonce  string        // never used before; each flush adds its number
+	ended  chan struct{} // closed when err is set
 
-	mu       sync.Mutex
-	inFlight []*flush // the oldest first
-	err      error    // why it ended; nothing is sent then
+	mu         sync.Mutex
+	flushes    int      // so far
+	inFlight   []*flush // the oldest first
+	operations int      // in all of them
+	roomier    sync.Cond
+	err        error // why the connection ended: an errLost or an errTimeout
 }
 
 // flush is a batch of operations that are sent together. It ends in an ECHO of a nonce: unless that comes
@@ -944,92 +658,150 @@ type redisConn struct {
 // hand each client the session of the one before it. The order of replies within a flush is trusted.
 type flush struct {
 	operations []*operation
-	refusals   []string // the first one of each operation, "" for none
 	nonce      string
-	deadline   time.Time
 }
 
-func newRedisConn(server string, socket net.Conn) *redisConn {
+// newRedisConn returns a connection over stream, which is socket or TLS over it.
+func newRedisConn(server, user string, socket, stream net.Conn) *redisConn {
 	c := &redisConn{
-		server:  server,
-		socket:  socket,
-		encoder: redis.NewConn(openSocket{socket}, 0, 0),
-		since:   time.Now(),
-		nonce:   rand.Text(),
+		server: server,
+		user:   user,
+		socket: socket,
+		redis:  redis.NewConn(heldConn{stream}, 0, 0),
+		since:  time.Now(),
+		nonce:  rand.Text(),
+		ended:  make(chan struct{}),
 	}
-	c.replies.in = bufio.NewReaderSize(socket, 16<<10)
+	c.roomier.L = &c.mu
 	return c
 }
 
-// openSocket is a socket that redigo does not close when it cannot write: fail does, and knows why.
-type openSocket struct {
+// heldConn keeps two things from redigo: closing, which under TLS waits to say goodbye, and the deadline for
+// reading, which redigo clears before each reply.
+type heldConn struct {
 	net.Conn
 }
 
-func (openSocket) Close() error { return nil }
+func (heldConn) Close() error                    { return nil }
+func (heldConn) SetReadDeadline(time.Time) error { return nil }
 
-// send sends operations as a flush. Only one goroutine at a time may call it.
-//
-// The deadline of the oldest flush in flight holds for writing too. Under TLS a blocked write also blocks
-// the reader, which has an alert to send.
-func (c *redisConn) send(operations []*operation) {
-	c.flushes++
-	f := &flush{
-		operations: operations,
-		refusals:   make([]string, len(operations)),
-		nonce:      c.nonce + strconv.Itoa(c.flushes),
-		deadline:   time.Now().Add(replyTimeout),
+// do sends a command and returns its reply, while the connection is being made.
+func (c *redisConn) do(name string, args ...any) (any, error) {
+	reply, err := c.redis.Do(name, args...)
+	if text, ok := errors.AsType[redis.Error](err); ok {
+		err = c.refused(text)
 	}
-	if !c.begin(f) {
-		c.pipeline.leave(c) // before its reader does, which may take a moment
-		for _, op := range operations {
-			c.pipeline.add(op)
-		}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return reply, nil
+}
+
+// refused returns the error for what the server has refused.
+func (c *redisConn) refused(text redis.Error) error {
+	return &refusedError{server: c.server, user: c.user, text: string(text)}
+}
+
+// room waits until more operations may be in flight, and returns how many: 0 when the connection has ended.
+// The bound lets a slow server prove something within proofTimeout.
+func (c *redisConn) room() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for c.operations >= maxInFlight && c.err == nil {
+		c.roomier.Wait()
+	}
+	if c.err != nil {
+		return 0
+	}
+	return maxInFlight - c.operations
+}
+
+// send sends operations as a flush. Only one goroutine may call it.
+func (c *redisConn) send(operations []*operation) {
+	f := c.putInFlight(operations)
+	if f == nil {
+		finishAll(operations, fmt.Errorf("%w: %s", errLost, c.server))
 		return
 	}
-	c.pipeline.stats.flushes.Add(1)
 	for _, op := range operations {
-		op.send(c.encoder)
+		for _, cmd := range op.commands {
+			c.redis.Send(cmd[0].(string), cmd[1:]...) // an error shows in Flush
+		}
 	}
-	c.encoder.Send("ECHO", f.nonce)
-	if err := c.encoder.Flush(); err != nil {
+	c.redis.Send("ECHO", f.nonce)
+	if err := c.redis.Flush(); err != nil {
 		c.fail(err)
 	}
 }
 
-// begin puts a flush in flight. It is false when the connection has ended.
-func (c *redisConn) begin(f *flush) bool {
+// putInFlight makes a flush, whose operations the receiver finishes. It is nil when the connection has ended.
+func (c *redisConn) putInFlight(operations []*operation) *flush {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.err != nil {
-		return false
+		return nil
+	}
+	if len(c.inFlight) == 0 {
+		c.socket.SetDeadline(time.Now().Add(proofTimeout)) // for writing, too
+	}
+	for _, op := range operations {
+		op.sends--
+	}
+	c.flushes++
+	f := &flush{operations: operations, nonce: c.nonce + strconv.Itoa(c.flushes)}
+	c.inFlight = append(c.inFlight, f)
+	c.operations += len(operations)
+	return f
+}
+
+// receive receives the replies to what was sent until the connection ends, and then finishes what is in
+// flight with the error.
+func (c *redisConn) receive() {
+	var err error
+	for err == nil {
+		err = c.receiveFlush()
+	}
+	c.fail(err)
+	for _, f := range c.inFlight { // nothing is put there any more
+		finishAll(f.operations, c.err)
+	}
+}
+
+// receiveFlush receives the replies to the oldest flush and its proof, and finishes its operations. It reads
+// when nothing is in flight, too, so a server that hangs up is noticed at once.
+func (c *redisConn) receiveFlush() error {
+	reply, err := c.receiveReply()
+	if err != nil {
+		return err
+	}
+	f := c.oldest()
+	if f == nil {
+		return errOutOfStep // nobody has asked for the reply
 	}
 	for _, op := range f.operations {
-		op.sends--
-		op.conn = c
+		for range op.commands {
+			op.replies = append(op.replies, reply)
+			if reply, err = c.receiveReply(); err != nil {
+				return err
+			}
+		}
 	}
-	c.inFlight = append(c.inFlight, f)
-	if len(c.inFlight) == 1 {
-		c.socket.SetDeadline(f.deadline)
+	if err := c.prove(f, reply); err != nil {
+		return err
 	}
-	return true
+	finishAll(f.operations, nil)
+	return nil
 }
 
-// receive reads the replies to what was sent, flush after flush, until the connection ends. It reads when
-// nothing is in flight, too, so a server that hangs up is noticed at once.
-//
-// Nobody else settles what was in flight. While receive reads into an operation, another connection must not.
-func (c *redisConn) receive() {
-	var culprit *operation
-	for c.replies.err == nil {
-		culprit = c.receiveFlush()
+// receiveReply returns the next reply. What Redis refused is a reply, a redis.Error.
+func (c *redisConn) receiveReply() (any, error) {
+	reply, err := c.redis.Receive()
+	if text, ok := err.(redis.Error); ok {
+		return text, nil
 	}
-	c.fail(c.replies.err)
-	c.pipeline.leave(c)
-	c.pipeline.settle(c, culprit)
+	return reply, err
 }
 
-// oldest returns the flush whose replies come next, nil if nothing is in flight.
 func (c *redisConn) oldest() *flush {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -1039,262 +811,229 @@ func (c *redisConn) oldest() *flush {
 	return c.inFlight[0]
 }
 
-// receiveFlush waits for the replies to a flush and its proof, and delivers them. After an error of c.replies
-// they are worth nothing, and the culprit is the operation with a malformed reply or one too large.
-func (c *redisConn) receiveFlush() (culprit *operation) {
-	c.replies.kind()
-	f := c.oldest()
-	if f == nil {
-		c.replies.fail(errOutOfStep) // a reply that nobody has asked for
-		return nil
+// prove takes the oldest flush out of flight if the reply to its ECHO proves it, and gives the next one
+// proofTimeout from now.
+func (c *redisConn) prove(f *flush, proof any) error {
+	if nonce, ok := proof.([]byte); !ok || string(nonce) != f.nonce {
+		return c.explain(f, proof)
 	}
-	for i, op := range f.operations {
-		c.replies.begin()
-		op.read(&c.replies)
-		if errors.Is(c.replies.err, errReplyShape) || errors.Is(c.replies.err, errReplySize) {
-			return op
-		}
-		f.refusals[i] = c.replies.refusal
-	}
-	c.replies.begin()
-	proof := string(c.replies.bulk())
-	if c.replies.refusal != "" {
-		c.replies.fail(c.refused(c.replies.refusal))
-	} else if proof != f.nonce {
-		c.replies.fail(errOutOfStep)
-	}
-	if c.replies.err == nil {
-		c.replies.fail(c.end())
-	}
-	if c.replies.err == nil {
-		c.deliver(f)
-	}
-	return nil
-}
-
-// end takes the oldest flush out of flight, unless the connection has ended.
-func (c *redisConn) end() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.err != nil {
 		return c.err
 	}
 	c.inFlight = c.inFlight[1:]
+	c.operations -= len(f.operations)
+	c.roomier.Signal()
 	var deadline time.Time // none
 	if len(c.inFlight) > 0 {
-		deadline = c.inFlight[0].deadline
+		deadline = time.Now().Add(proofTimeout)
 	}
 	c.socket.SetDeadline(deadline)
 	return nil
 }
 
-// deliver finishes the operations of a flush that is proved. A server that was the primary before a failover,
-// or a node that its cluster has dropped, says so: then the connection ends, and the next one finds another.
-func (c *redisConn) deliver(f *flush) {
-	inCharge := true
-	for i, op := range f.operations {
-		text := f.refusals[i]
-		if text == "" {
-			op.finish(nil)
-			continue
-		}
-		if strings.HasPrefix(text, "READONLY") || strings.HasPrefix(text, "CLUSTERDOWN") {
-			inCharge = false
-		}
-		op.finish(c.refused(text))
+// explain returns why a flush is not proved. Redis may have refused the ECHO, or an EXEC: then the ECHO was
+// queued in its transaction.
+func (c *redisConn) explain(f *flush, proof any) error {
+	replies := []any{proof}
+	for _, op := range f.operations {
+		replies = append(replies, op.replies...)
 	}
-	if !inCharge && time.Since(c.since) > minAge {
-		c.fail(errNotInCharge)
+	if text, ok := refusal(replies); ok {
+		return fmt.Errorf("%w: %w", errOutOfStep, c.refused(text))
 	}
+	return errOutOfStep
 }
 
-// refused returns the error for what the server has refused.
-func (c *redisConn) refused(text string) error {
-	return &refusedError{server: c.server, user: c.user, text: text}
+func (c *redisConn) hasEnded() bool {
+	select {
+	case <-c.ended:
+		return true
+	default:
+		return false
+	}
 }
 
 // fail ends the connection. Every connection ends here, and the first error wins.
 func (c *redisConn) fail(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.err == nil {
-		c.err = fmt.Errorf("%s: %w", c.server, err)
-		closeNow(c.socket)
+	if c.err != nil {
+		return
 	}
+	kind := errLost
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		kind = errTimeout
+	}
+	c.err = fmt.Errorf("%w: %s: %w", kind, c.server, err)
+	c.socket.Close()
+	c.roomier.Signal()
+	close(c.ended)
 }
 
-// ask sends a command and has its reply read, while the connection is made and nothing else is on its way.
-// What Redis refuses is an error of the stream then.
-func (c *redisConn) ask(read func(*replyReader), command string, args ...any) {
-	if c.replies.err != nil {
-		return // an earlier command failed
+// redisDialer connects to the servers of a target.
+type redisDialer struct {
+	target  *redisTarget
+	dialTCP func(ctx context.Context, network, addr string) (net.Conn, error)
+}
+
+// dial connects to the first server of addrs that answers before ctx ends, beginning at index first.
+func (d *redisDialer) dial(ctx context.Context, addrs []string, first int) (*redisConn, error) {
+	var errs []error
+	for i := range addrs {
+		place := (first + i) % len(addrs)
+		conn, err := d.dialAt(ctx, addrs[place])
+		if err == nil {
+			conn.place = place
+			return conn, nil
+		}
+		errs = append(errs, err)
 	}
-	c.encoder.Send(command, args...)
-	c.replies.begin()
-	c.replies.fail(c.encoder.Flush())
-	read(&c.replies)
-	err := c.replies.err
-	if c.replies.refusal != "" {
-		err = c.refused(c.replies.refusal)
+	return nil, errors.Join(errs...)
+}
+
+// dialAt connects to the server at addr, or to the primary that the sentinel at addr knows. One that has not
+// heard of a failover yet names the old primary. So the server is asked for its role.
+func (d *redisDialer) dialAt(ctx context.Context, addr string) (*redisConn, error) {
+	if d.target.primary == "" {
+		return d.dialServer(ctx, addr)
+	}
+	server, err := d.askSentinel(ctx, addr)
+	if err != nil {
+		return nil, fmt.Errorf("sentinel %w", err)
+	}
+	conn, err := d.dialServer(ctx, server)
+	if err != nil {
+		return nil, fmt.Errorf("sentinel %s: %w", addr, err)
+	}
+	return conn, nil
+}
+
+// dialServer connects to a server, logs in, selects the database and has it answer an ECHO.
+func (d *redisDialer) dialServer(ctx context.Context, addr string) (*redisConn, error) {
+	return d.connect(ctx, addr, func(conn *redisConn) error {
+		if d.target.user != "" || d.target.password != "" {
+			if err := d.logIn(conn); err != nil {
+				return err
+			}
+		}
+		if d.target.database != 0 {
+			if _, err := conn.do("SELECT", d.target.database); err != nil {
+				return err
+			}
+		}
+		if d.target.primary != "" {
+			if err := checkPrimary(conn); err != nil {
+				return err
+			}
+		}
+		echo, err := redis.String(conn.do("ECHO", conn.nonce))
+		if err == nil && echo != conn.nonce {
+			return errOutOfStep
+		}
+		return err
+	})
+}
+
+// logIn is not left to redigo's dialling, which ignores a user without a password.
+func (d *redisDialer) logIn(conn *redisConn) error {
+	if d.target.user == "" {
+		_, err := conn.do("AUTH", d.target.password)
+		return err
+	}
+	_, err := conn.do("AUTH", d.target.user, d.target.password)
+	return err
+}
+
+func checkPrimary(conn *redisConn) error {
+	role, err := redis.Values(conn.do("ROLE"))
+	if err != nil {
+		return err
+	}
+	if len(role) == 0 || fmt.Sprintf("%s", role[0]) != "master" {
+		return errNoPrimary
+	}
+	return nil
+}
+
+// askSentinel returns the address of the primary that a sentinel knows. A sentinel is told the password only
+// when it asks for one.
+func (d *redisDialer) askSentinel(ctx context.Context, sentinel string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, sentinelTimeout)
+	defer cancel()
+	var addr []string
+	ask := func(conn *redisConn) (err error) {
+		addr, err = redis.Strings(conn.do("SENTINEL", "get-master-addr-by-name", d.target.primary))
+		return err
+	}
+	conn, err := d.connect(ctx, sentinel, func(conn *redisConn) error {
+		err := ask(conn)
+		if isRefusal(err, "NOAUTH") && d.target.password != "" {
+			if _, err := conn.do("AUTH", d.target.password); err != nil {
+				return err
+			}
+			err = ask(conn)
+		}
+		if errors.Is(err, redis.ErrNil) {
+			return fmt.Errorf("knows no primary %q", d.target.primary)
+		}
+		if err == nil && len(addr) != 2 {
+			return errReplyKind
+		}
+		return err
+	})
+	if err != nil {
+		return "", err
+	}
+	conn.fail(errLeft)
+	return net.JoinHostPort(addr[0], addr[1]), nil
+}
+
+// connect opens a connection and has greet talk to the server, until ctx ends.
+func (d *redisDialer) connect(
+	ctx context.Context, addr string, greet func(*redisConn) error,
+) (*redisConn, error) {
+	socket, err := d.dialTCP(ctx, "tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", addr, err)
+	}
+	past := time.Unix(1, 0)
+	stop := context.AfterFunc(ctx, func() { socket.SetDeadline(past) })
+	stream := socket
+	if d.target.scheme == "rediss" { // its handshake comes with the first command
+		stream = tls.Client(socket, &tls.Config{ServerName: d.certificateName(addr)})
+	}
+	conn := newRedisConn(addr, d.target.user, socket, stream)
+	err = greet(conn)
+	if !stop() {
+		err = ctx.Err()
 	}
 	if err != nil {
-		c.replies.err = fmt.Errorf("%s: %w", command, err)
+		conn.fail(err)
+		return nil, fmt.Errorf("%s: %w", addr, err)
 	}
+	return conn, nil
 }
 
-// closeNow closes a socket without waiting until TLS has said goodbye.
-func closeNow(socket net.Conn) {
-	if conn, ok := socket.(*tls.Conn); ok {
-		socket = conn.NetConn()
+// certificateName returns the name or the IP address that a server's certificate has to be for. A cluster
+// announces its nodes by IP address unless it is told otherwise: such a node has the name in REDIS_URL.
+func (d *redisDialer) certificateName(addr string) string {
+	host, _, _ := net.SplitHostPort(addr)
+	if !isIP(host) || slices.Contains(d.target.addrs, addr) {
+		return host
 	}
-	socket.Close()
-}
-
-// replyReader reads replies of RESP 2, https://redis.io/docs/latest/develop/reference/protocol-spec/. Each
-// method reads one reply. Two errors stay until they are looked at: what Redis refused, which is the trouble
-// of one operation, and what is wrong with the stream. (redigo's reader allocates what a reply announces.)
-type replyReader struct {
-	in      *bufio.Reader
-	budget  int    // bytes that may still be read for this operation
-	refusal string // the first error that Redis answered to this operation, "" for none
-	err     error  // the connection is worth nothing any more; no method reads after it
-}
-
-// begin begins the replies to an operation.
-func (r *replyReader) begin() {
-	r.budget = maxReply
-	r.refusal = ""
-}
-
-// ok tells whether neither error has come.
-func (r *replyReader) ok() bool { return r.err == nil && r.refusal == "" }
-
-// fail notes an error of the stream, if it is one. The first one stays.
-func (r *replyReader) fail(err error) {
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		err = errHungUp
-	}
-	if r.err == nil {
-		r.err = err
-	}
-}
-
-// kind waits for a reply and returns its first byte, which stays unread.
-func (r *replyReader) kind() byte {
-	first, err := r.in.Peek(1)
-	r.fail(err)
-	if r.err != nil {
-		return 0
-	}
-	return first[0]
-}
-
-// line reads the first line of a reply of the given kind and returns what follows the kind. It is nil if
-// Redis refused. The next read overwrites it.
-func (r *replyReader) line(kind byte) []byte {
-	if r.err != nil {
-		return nil
-	}
-	line, err := r.in.ReadSlice('\n')
-	if errors.Is(err, bufio.ErrBufferFull) {
-		err = errReplySize
-	}
-	text, whole := bytes.CutSuffix(line, []byte("\r\n"))
-	if err == nil && (!whole || len(text) < 2 || text[0] != kind && text[0] != '-') {
-		err = errReplyShape
-	}
-	r.fail(err)
-	if !r.spend(len(line)) {
-		return nil
-	}
-	if text[0] == '-' && r.refusal == "" {
-		r.refusal = string(text[1:])
-	}
-	if text[0] != kind {
-		return nil
-	}
-	return text[1:]
-}
-
-// spend takes n bytes out of the budget. It is false after an error of the stream, such as too many bytes.
-func (r *replyReader) spend(n int) bool {
-	if n > r.budget {
-		r.fail(errReplySize)
-	}
-	r.budget -= n
-	return r.err == nil
-}
-
-// number reads an integer (':'), none of which is negative here, or the number that begins an array ('*') or
-// a bulk string ('$'). Null, a refusal and an error of the stream are -1.
-func (r *replyReader) number(kind byte) int {
-	line := r.line(kind)
-	if line == nil {
-		return -1
-	}
-	n, err := strconv.Atoi(string(line))
-	if err != nil || n < -1 || n == -1 && kind == ':' {
-		r.fail(errReplyShape)
-		return -1
-	}
-	return n
-}
-
-// array reads the beginning of an array, which has to have this many elements. It is false if Redis refused
-// or the stream failed.
-func (r *replyReader) array(elements int) bool {
-	n := r.number('*')
-	if n != elements && r.ok() {
-		r.fail(errReplyShape)
-	}
-	return n == elements
-}
-
-// status reads a status, which has to be this one.
-func (r *replyReader) status(text string) {
-	if line := r.line('+'); line != nil && string(line) != text {
-		r.fail(errReplyShape)
-	}
-}
-
-// bulk returns a bulk string, which the next read overwrites. Null is nil.
-func (r *replyReader) bulk() []byte {
-	n := r.number('$')
-	if n < 0 || !r.spend(n) {
-		return nil
-	}
-	n += len("\r\n")
-	text, err := r.in.Peek(n)
-	if errors.Is(err, bufio.ErrBufferFull) {
-		text = make([]byte, n)
-		_, err = io.ReadFull(r.in, text)
-	} else if err == nil {
-		_, err = r.in.Discard(n)
-	}
-	r.fail(err)
-	if r.err != nil {
-		return nil
-	}
-	return text[:n-len("\r\n")]
-}
-
-// skip reads a reply of any kind.
-func (r *replyReader) skip() {
-	switch kind := r.kind(); kind {
-	case '$':
-		if n := r.number('$'); n >= 0 && r.spend(n) {
-			_, err := r.in.Discard(n + len("\r\n"))
-			r.fail(err)
+	for _, known := range d.target.addrs {
+		if name, _, _ := net.SplitHostPort(known); !isIP(name) {
+			return name
 		}
-	case '*':
-		for n := r.number('*'); n > 0 && r.err == nil; n-- {
-			r.skip()
-		}
-	case '+', '-', ':':
-		r.line(kind)
-	default:
-		r.fail(errReplyShape)
 	}
+	return host
+}
+
+func isIP(host string) bool {
+	_, err := netip.ParseAddr(host)
+	return err == nil
 }
 
 // redisTarget is where sessions are, as REDIS_URL says it.
@@ -1405,131 +1144,322 @@ func (t *redisTarget) String() string {
 	return text
 }
 
-// dial connects to the server of the first address that answers before ctx ends, beginning with the one at
-// index first.
-func (t *redisTarget) dial(ctx context.Context, addrs []string, first int) (*redisConn, error) {
-	connect := t.dialServer
-	if t.primary != "" {
-		connect = t.dialPrimary
+// router finds the pipeline to ask for a key: the entry, or where Redis is a cluster the node that has the
+// key's slot. It learns a slot's node from Redis's redirections, and forgets it when the connection to that
+// ends. The entry is asked for what is not known.
+// https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
+type router struct {
+	dialer  *redisDialer
+	log     *slog.Logger
+	stats   redisStats
+	closing context.Context
+	close   context.CancelCauseFunc
+
+	mu        sync.Mutex
+	entry     *pipeline            // to the first server of REDIS_URL that answers; nil until it is needed
+	first     int                  // where dialling it begins in the list of addresses
+	nodes     map[string]*pipeline // by host:port
+	slots     [slotCount]*pipeline // the node of each slot that is known
+	isCluster bool                 // a server has redirected
+}
+
+func newRouter(dialer *redisDialer, log *slog.Logger) *router {
+	r := &router{dialer: dialer, log: log, nodes: map[string]*pipeline{}}
+	r.closing, r.close = context.WithCancelCause(context.Background())
+	if dialer.target.primary != "" {
+		go r.followPrimary()
 	}
-	var errs []error
-	for i := range addrs {
-		conn, err := connect(ctx, addrs[(first+i)%len(addrs)])
+	return r
+}
+
+// do sends commands on a key to the server that has it, at most sends times, and returns a reply for each.
+// ctx's deadline is kept. Cancelling ctx does nothing: watching for that would cost more than a lookup takes.
+func (r *router) do(ctx context.Context, key string, sends int, commands ...command) ([]any, error) {
+	r.stats.operations.Add(1)
+	deadline := time.Now().Add(operationTimeout)
+	if end, ok := ctx.Deadline(); ok && end.Before(deadline) {
+		deadline = end
+	}
+	server := r.serverOf(key)
+	toSend := commands
+	cause := fmt.Errorf("%w: more than %d redirections", errUnavailable, maxRedirections)
+	for range 1 + maxRedirections {
+		op := newOperation(toSend, sends, deadline)
+		err := server.do(op)
 		if err == nil {
-			return conn, nil
+			return op.replies[len(toSend)-len(commands):], nil
 		}
-		errs = append(errs, err)
+		if !isRefusal(err, "MOVED", "ASK") {
+			cause = err // others may go on redirecting to this server
+		}
+		next, asking := r.next(key, server, op, err)
+		if next == nil {
+			return nil, err
+		}
+		if errors.Is(err, errLost) {
+			sends = op.sends // what was refused and redirected was not done
+		}
+		server = next
+		toSend = commands
+		if asking {
+			toSend = slices.Concat([]command{{"ASKING"}}, commands)
+		}
 	}
-	return nil, errors.Join(errs...)
+	return nil, cause
 }
 
-// dialPrimary connects to the primary that a sentinel knows.
-func (t *redisTarget) dialPrimary(ctx context.Context, sentinel string) (*redisConn, error) {
-	askCtx, cancel := context.WithTimeout(ctx, sentinelTimeout)
+// next returns the pipeline that an operation goes to after an error, nil for none, and whether ASKING goes
+// before it. What timed out goes nowhere: the server is slow enough without.
+func (r *router) next(key string, from *pipeline, op *operation, err error) (to *pipeline, asking bool) {
+	if errors.Is(err, errLost) {
+		if op.sends == 0 {
+			return nil, false
+		}
+		r.stats.retries.Add(1)
+		return r.serverOf(key), false
+	}
+	if errors.Is(err, errNotConnected) && !from.isEntry {
+		return r.serverOf(key), false
+	}
+	if refusal, ok := errors.AsType[*refusedError](err); ok {
+		return r.afterRefusal(key, from, refusal)
+	}
+	return nil, false
+}
+
+// afterRefusal is next after a refusal. A redirection means that nothing was done.
+func (r *router) afterRefusal(key string, from *pipeline, refusal *refusedError) (to *pipeline, asking bool) {
+	word, slot, addr := parseRedirection(refusal)
+	switch {
+	case word == "MOVED":
+		r.stats.redirections.Add(1)
+		to := r.moved(slot, addr)
+		if to == from { // the address may stand for several machines
+			from.leave(0)
+		}
+		return to, false
+	case word == "ASK":
+		r.stats.redirections.Add(1)
+		return r.asked(addr), true
+	case !from.isEntry && isRefusal(refusal, "CLUSTERDOWN"): // it may have left the cluster
+		r.unlearn(slotOf(key))
+		return r.serverOf(key), false
+	case isRefusal(refusal, "READONLY", "MASTERDOWN", "CLUSTERDOWN"): // it is none to ask
+		from.leave(minStay)
+	}
+	return nil, false
+}
+
+// ping asks the entry and all nodes, and returns nil when one of them answers.
+func (r *router) ping(ctx context.Context) error {
+	nodes := r.standingNodes()
+	answers := make(chan error, 1+len(nodes))
+	go func() {
+		_, err := r.do(ctx, "", sendAgain)
+		answers <- err
+	}()
+	for _, node := range nodes {
+		go func() {
+			deadline := time.Now().Add(operationTimeout)
+			answers <- node.do(newOperation(nil, sendOnce, deadline))
+		}()
+	}
+	var err error
+	for range 1 + len(nodes) {
+		if err = <-answers; err == nil {
+			return nil
+		}
+	}
+	return err
+}
+
+// serverOf returns the pipeline to ask for a key, for "" the entry.
+func (r *router) serverOf(key string) *pipeline {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.nodes) > 0 && key != "" {
+		if node := r.slots[slotOf(key)]; node != nil {
+			return node
+		}
+	}
+	if r.entry == nil {
+		r.entry = r.start(&pipeline{
+			name:     r.dialer.target.String(),
+			isEntry:  true,
+			patience: connectTimeout,
+			dial:     r.dialEntry,
+		})
+	}
+	return r.entry
+}
+
+// start starts a pipeline. The caller holds r.mu.
+func (r *router) start(p *pipeline) *pipeline {
+	p.forget = r.forget
+	p.stats = &r.stats
+	p.closing = r.closing
+	p.wake = make(chan struct{}, 1)
+	go p.run()
+	return p
+}
+
+// dialEntry connects to one of the servers in REDIS_URL, or of the nodes that stand.
+func (r *router) dialEntry(ctx context.Context, attempt int) (*redisConn, error) {
+	addrs := slices.Clone(r.dialer.target.addrs)
+	for _, node := range r.standingNodes() {
+		if !slices.Contains(addrs, node.name) {
+			addrs = append(addrs, node.name)
+		}
+	}
+	r.mu.Lock()
+	first := r.first
+	r.mu.Unlock()
+	return r.dialer.dial(ctx, addrs, first+attempt)
+}
+
+// standingNodes returns the nodes with a connection, in the order of their addresses.
+func (r *router) standingNodes() []*pipeline {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var standing []*pipeline
+	for _, addr := range slices.Sorted(maps.Keys(r.nodes)) {
+		if r.nodes[addr].standing() != nil {
+			standing = append(standing, r.nodes[addr])
+		}
+	}
+	return standing
+}
+
+// moved notes the node of a slot, as another server told it, and returns it.
+func (r *router) moved(slot int, addr string) *pipeline {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.slots[slot] = r.node(addr)
+	return r.slots[slot]
+}
+
+// asked returns the node that is about to take over a slot.
+func (r *router) asked(addr string) *pipeline {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.node(addr)
+}
+
+// node returns the pipeline to a node. The caller holds r.mu.
+func (r *router) node(addr string) *pipeline {
+	if !r.isCluster {
+		r.isCluster = true
+		r.log.Info("Redis is a cluster", "node", addr)
+	}
+	if r.nodes[addr] == nil {
+		r.nodes[addr] = r.start(&pipeline{
+			name:     addr,
+			patience: operationTimeout,
+			dial: func(ctx context.Context, _ int) (*redisConn, error) {
+				return r.dialer.dialServer(ctx, addr)
+			},
+		})
+	}
+	return r.nodes[addr]
+}
+
+func (r *router) unlearn(slot int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.slots[slot] = nil
+}
+
+// forget drops a pipeline that is about to end, and what is known of its slots. After a server that hung, or
+// that was left, the entry is dialled at the next address.
+func (r *router) forget(p *pipeline) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.entry == p {
+		r.entry = nil
+		if p.conn != nil {
+			r.first = p.conn.place
+			if errors.Is(p.conn.err, errTimeout) || errors.Is(p.conn.err, errLeft) {
+				r.first++
+			}
+		}
+	}
+	if r.nodes[p.name] == p {
+		delete(r.nodes, p.name)
+	}
+	for slot, node := range r.slots[:] {
+		if node == p {
+			r.slots[slot] = nil
+		}
+	}
+}
+
+// followPrimary asks the sentinels again and again. When they name another primary, which answers as one, the
+// connection to the old one ends, which may live on behind a partition.
+func (r *router) followPrimary() {
+	again := time.NewTicker(sentinelInterval)
+	defer again.Stop()
+	for {
+		select {
+		case <-again.C:
+		case <-r.closing.Done():
+			return
+		}
+		r.mu.Lock()
+		entry := r.entry
+		r.mu.Unlock()
+		if entry == nil {
+			continue
+		}
+		if conn := entry.standing(); conn != nil {
+			r.checkStillPrimary(conn)
+		}
+	}
+}
+
+func (r *router) checkStillPrimary(conn *redisConn) {
+	ctx, cancel := context.WithTimeout(r.closing, connectTimeout)
 	defer cancel()
-	server, err := t.askSentinel(askCtx, sentinel, "")
-	if isRefusal(err, "NOAUTH") && t.password != "" {
-		server, err = t.askSentinel(askCtx, sentinel, t.password)
-	}
+	primary, err := r.dialer.dial(ctx, r.dialer.target.addrs, conn.place)
 	if err != nil {
-		return nil, fmt.Errorf("sentinel %w", err)
+		return // as long as the connection stands the sentinels are not needed
 	}
-	conn, err := t.dialServer(ctx, server)
-	if err != nil {
-		return nil, fmt.Errorf("sentinel %s: %w", sentinel, err)
+	primary.fail(errLeft)
+	if primary.server != conn.server {
+		conn.fail(errReplaced)
 	}
-	return conn, nil
 }
 
-// dialServer connects to a server, logs in, selects the database and has it answer an ECHO. Behind sentinels
-// it asks for the ROLE too: one that has not yet heard of a failover names the old primary.
-func (t *redisTarget) dialServer(ctx context.Context, addr string) (*redisConn, error) {
-	return t.connect(ctx, addr, func(conn *redisConn) {
-		if t.user != "" {
-			conn.ask(isOK, "AUTH", t.user, t.password)
-		} else if t.password != "" {
-			conn.ask(isOK, "AUTH", t.password)
-		}
-		if t.database != 0 {
-			conn.ask(isOK, "SELECT", t.database)
-		}
-		if t.primary != "" {
-			conn.ask(isPrimary, "ROLE")
-		}
-		conn.ask(func(r *replyReader) {
-			if echo := string(r.bulk()); echo != conn.nonce && r.ok() {
-				r.fail(errOutOfStep)
+// slotOf returns the slot of a key without braces: its CRC16 (XMODEM).
+func slotOf(key string) int {
+	var crc uint16
+	for i := range len(key) {
+		crc ^= uint16(key[i]) << 8
+		for range 8 {
+			carry := crc&0x8000 != 0
+			crc <<= 1
+			if carry {
+				crc ^= 0x1021
 			}
-		}, "ECHO", conn.nonce)
-	})
-}
-
-func isOK(r *replyReader) { r.status("OK") }
-
-// isPrimary reads ROLE's answer: an array that begins with the role.
-func isPrimary(r *replyReader) {
-	n := r.number('*')
-	if n < 1 {
-		r.fail(errReplyShape)
-		return
-	}
-	if string(r.bulk()) != "master" {
-		r.fail(errNoPrimary)
-	}
-	for ; n > 1 && r.err == nil; n-- {
-		r.skip()
-	}
-}
-
-// askSentinel returns the address of the primary. Without a password the sentinel gets none.
-func (t *redisTarget) askSentinel(ctx context.Context, sentinel, password string) (addr string, err error) {
-	conn, err := t.connect(ctx, sentinel, func(conn *redisConn) {
-		if password != "" {
-			conn.ask(isOK, "AUTH", password)
 		}
-		conn.ask(func(r *replyReader) {
-			switch r.number('*') {
-			case -1:
-				r.fail(fmt.Errorf("knows no primary %q", t.primary))
-			case 2:
-				host := string(r.bulk())
-				port := string(r.bulk())
-				addr = net.JoinHostPort(host, port)
-			default:
-				r.fail(errReplyShape)
-			}
-		}, "SENTINEL", "get-master-addr-by-name", t.primary)
-	})
-	if err != nil {
-		return "", err
 	}
-	closeNow(conn.socket)
-	return addr, nil
+	return int(crc % slotCount)
 }
 
-// connect opens a connection and has greet talk to the server, until ctx ends.
-func (t *redisTarget) connect(
-	ctx context.Context, addr string, greet func(*redisConn),
-) (*redisConn, error) {
-	dial := new(net.Dialer).DialContext
-	if t.scheme == "rediss" {
-		dial = new(tls.Dialer).DialContext
+// parseRedirection reads "MOVED 3999 127.0.0.1:6381" or "ASK …". Without a host it is the one of the server
+// that says so. Another refusal has no kind.
+func parseRedirection(refusal *refusedError) (kind string, slot int, addr string) {
+	words := strings.Fields(refusal.text)
+	if len(words) != 3 || words[0] != "MOVED" && words[0] != "ASK" {
+		return "", 0, ""
 	}
-	socket, err := dial(ctx, "tcp", addr)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", addr, err)
+	slot, err := strconv.Atoi(words[1])
+	colon := strings.LastIndexByte(words[2], ':') // an IPv6 address has no brackets here
+	if err != nil || slot < 0 || slot >= slotCount || colon < 0 {
+		return "", 0, ""
 	}
-	past := time.Unix(1, 0)
-	stop := context.AfterFunc(ctx, func() { socket.SetDeadline(past) })
-	conn := newRedisConn(addr, socket)
-	conn.user = t.user
-	greet(conn)
-	if !stop() {
-		conn.replies.fail(ctx.Err())
+	host := words[2][:colon]
+	if host == "" || host == "?" {
+		host, _, _ = net.SplitHostPort(refusal.server)
 	}
-	if err := conn.replies.err; err != nil {
-		closeNow(socket)
-		return nil, fmt.Errorf("%s: %w", addr, err)
-	}
-	return conn, nil
+	return words[0], slot, net.JoinHostPort(host, words[2][colon+1:])
 }
