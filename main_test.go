@@ -4969,6 +4969,29 @@ func TestNewFilesAndRowsAreWhatPrismaMakes(t *testing.T) {
 	}
 }
 
+// SQLite before 3.37 reads no file that has a STRICT table.
+func TestSessionsOfAnEarlierVersionLiveOnInATableThatIsNotStrict(t *testing.T) {
+	t.Parallel()
+	file := originalFile(t, strings.Replace(schema, ") WITHOUT ROWID", ") STRICT, WITHOUT ROWID", 1))
+	user, id := testUser(1), newUUID()
+	file.exec(`INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?)`, hashID(id), user.ID, user.Name, user.Email,
+		user.CreatedAt, user.UpdatedAt, time.Now().Add(time.Hour).UnixMilli())
+	for range 2 {
+		s := start(t, "DB_PATH="+file.dbPath)
+		if a := s.want(200, id); a.body != userJSON(user) {
+			t.Errorf("got %s, want %s", a.body, userJSON(user))
+		}
+		s.register(newEmail())
+		s.stop()
+		const older = `SELECT group_concat(name || iif(strict, ' STRICT', ''), ' ') FROM pragma_table_list
+			WHERE schema = 'main' AND name NOT LIKE 'sqlite%'`
+		if got := query[string](file, older); got != "sessions users" && got != "users sessions" {
+			t.Errorf("tables %s, want users and sessions, not STRICT", got)
+		}
+		file.holds(&sync.Map{})
+	}
+}
+
 // TestBothProgramsShareOneFile has the original write to its file, from connections of another process that
 // know nothing of WAL, while two processes of the service start on it, register and sign in.
 func TestBothProgramsShareOneFile(t *testing.T) {

@@ -223,7 +223,11 @@ func applySchema(db *sql.DB) error {
 		return err
 	}
 	defer tx.Rollback()
-	if _, err := tx.Exec(schema); err != nil {
+	script, err := schemaFor(tx)
+	if err != nil {
+		return err
+	}
+	if _, err := tx.Exec(script); err != nil {
 		return setUpError("applying the schema to the tables users and sessions", err)
 	}
 	if _, err := tx.Exec(`SAVEPOINT trial`); err != nil {
@@ -240,6 +244,21 @@ func applySchema(db *sql.DB) error {
 		return err
 	}
 	return tx.Commit()
+}
+
+// schemaFor returns the schema, and for a file of an earlier version also what copies its sessions to a table
+// that is not STRICT: SQLite before 3.37 reads no file that has a STRICT one.
+func schemaFor(tx *sql.Tx) (script string, err error) {
+	var strict bool
+	row := tx.QueryRow(`SELECT EXISTS (SELECT 1 FROM pragma_table_list
+		WHERE schema = 'main' AND name = 'sessions' AND strict)`)
+	if err := row.Scan(&strict); err != nil || !strict {
+		return schema, err
+	}
+	return `ALTER TABLE sessions RENAME TO strict_sessions;
+		DROP INDEX IF EXISTS sessions_expires_at;` + schema + `
+		INSERT INTO sessions SELECT * FROM strict_sessions;
+		DROP TABLE strict_sessions;`, nil
 }
 
 // setUpError says that the file is another program's if its tables are the trouble, and not a full disk.
