@@ -259,9 +259,7 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	return http.StatusCreated, registration{User: user, SessionID: id}, nil
 }
 
-// hashForRegistration returns the hash of a form's password. Looking the email up only saves a bcrypt:
-// InsertUser decides. It is done in a slot, so that tries at the same moment that find the email taken keep
-// to the limit.
+// hashForRegistration returns the hash of a form's password.
 func (s *server) hashForRegistration(
 	ctx context.Context, form map[string]string, try *try,
 ) (string, error) {
@@ -271,12 +269,6 @@ func (s *server) hashForRegistration(
 		return "", err
 	}
 	defer try.freeSlot()
-	if err := s.accountWatch.see(ctx, s.accounts.EmailTaken(ctx, form["email"])); err != nil {
-		if errors.Is(err, errEmailTaken) {
-			try.fail()
-		}
-		return "", err
-	}
 	hash, err := bcrypt.GenerateFromPassword([]byte(form["password"]), s.cfg.bcryptCost)
 	if err != nil {
 		return "", fmt.Errorf("hashing a password: %w", err)

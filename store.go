@@ -53,7 +53,6 @@ type database struct {
 
 	userByEmail      *sql.Stmt
 	usersByEmailCase *sql.Stmt
-	emailTaken       *sql.Stmt
 	anyUser          *sql.Stmt
 	insertUser       *sql.Stmt
 	replaceHash      *sql.Stmt
@@ -295,8 +294,6 @@ func (db *database) prepare() error {
 	}{
 		{&db.userByEmail, db.reader, user + `WHERE email = ?`},
 		{&db.usersByEmailCase, db.reader, user + `WHERE email = ? COLLATE NOCASE LIMIT 2`},
-		{&db.emailTaken, db.reader,
-			`SELECT EXISTS (SELECT 1 FROM users WHERE email COLLATE NOCASE IN (?, ?))`},
 		{&db.anyUser, db.reader, anyUser},
 		{&db.insertUser, db.writer, insertUser},
 		{&db.replaceHash, db.writer, `UPDATE users SET password = ? WHERE id = ? AND password = ?`},
@@ -330,21 +327,8 @@ func (db *database) Ping(ctx context.Context) error {
 	})
 }
 
-// EmailTaken returns errEmailTaken when an account has the email as it was typed, or trimmed, in any case of
-// its ASCII letters.
-func (db *database) EmailTaken(ctx context.Context, typed string) error {
-	return db.read(ctx, "looking an email up", func() error {
-		var taken bool
-		err := db.emailTaken.QueryRow(typed, strings.TrimSpace(typed)).Scan(&taken)
-		if err == nil && taken {
-			return errEmailTaken
-		}
-		return err
-	})
-}
-
-// InsertUser stores a new account with its email as in user. It returns errEmailTaken as EmailTaken does, for
-// the email as it was typed.
+// InsertUser stores a new account with its email as in user. It returns errEmailTaken when an account has the
+// email as it was typed, or trimmed, in any case of its ASCII letters.
 func (db *database) InsertUser(ctx context.Context, user User, typed, passwordHash string) error {
 	createdAt, err := time.Parse(timeFormat, user.CreatedAt)
 	if err != nil {
