@@ -4946,6 +4946,31 @@ func TestNewFilesAndRowsAreWhatPrismaMakes(t *testing.T) {
 	}
 }
 
+// A pipe in place of the shared memory cannot be mapped, as a file on some file systems (FUSE, 9p).
+func TestAFileKeepsItsJournalModeWhereThereIsNoSharedMemory(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []string{"delete", "wal"} {
+		file := originalFile(t, originalDDL, "ada@example.com")
+		file.exec(`PRAGMA journal_mode = ` + mode)
+		pipe := file.dbPath + "-shm"
+		if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		status, _, stderr := runWith(t, nil, "DB_PATH="+file.dbPath)
+		if status != 1 || !strings.Contains(stderr, "no shared memory") ||
+			!strings.Contains(stderr, filepath.Dir(file.dbPath)) {
+			t.Errorf("status %d, want 1 and that there is no shared memory: %s", status, stderr)
+		}
+		os.Remove(pipe)
+		if got := query[string](file, `PRAGMA journal_mode`); got != mode {
+			t.Errorf("the file is left in mode %s, want %s", got, mode)
+		}
+		if n := query[int](file, `SELECT count(*) FROM users`); n != 1 {
+			t.Errorf("%d accounts, want 1", n)
+		}
+	}
+}
+
 // SQLite before 3.37 reads no file that has a STRICT table.
 func TestSessionsOfAnEarlierVersionLiveOnInATableThatIsNotStrict(t *testing.T) {
 	t.Parallel()
@@ -5095,6 +5120,14 @@ func TestFilesOfOtherProgramsAreLeftAsTheyWere(t *testing.T) {
 			t.Errorf("the file holds %s", got)
 		}
 	})
+	t.Run("a backup beside another file's log", func(t *testing.T) {
+		runOn(t, besideALog(t), "dev.db-wal", "has to be removed")
+	})
+	t.Run("a file that is missing beside its log", func(t *testing.T) {
+		path := besideALog(t)
+		os.Truncate(path, 0)
+		runOn(t, path, "dev.db-wal", "has to be removed")
+	})
 	text := filepath.Join(t.TempDir(), "notes.txt")
 	os.WriteFile(text, bytes.Repeat([]byte("no database "), 1000), 0o600)
 	runOn(t, text, "not a database")
@@ -5109,6 +5142,26 @@ func TestFilesOfOtherProgramsAreLeftAsTheyWere(t *testing.T) {
 		runOn(t, path, "the folder", filepath.Dir(path), "must be writable", "-wal")
 		os.Chmod(filepath.Dir(path), 0o700)
 	}
+}
+
+// besideALog makes a file that was moved in beside the log that a crash had left of another one.
+func besideALog(t *testing.T) (path string) {
+	t.Helper()
+	file := originalFile(t, `PRAGMA journal_mode = WAL;`+originalDDL)
+	open := openSQL(t, file.dbPath)
+	defer open.Close()
+	if _, err := open.Exec(`INSERT INTO users VALUES ('1', 'Ada', 'late@example.com', '', 0, 0)`); err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.ReadFile(file.dbPath + "-wal")
+	if err != nil {
+		t.Fatal(err)
+	}
+	backup := originalFile(t, originalDDL, "early@example.com")
+	if err := os.WriteFile(backup.dbPath+"-wal", log, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return backup.dbPath
 }
 
 // runOn runs the program on a file, tells it to stop as soon as it listens, and checks what it says: nothing,

@@ -9,6 +9,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math"
 	"net/url"
@@ -83,14 +84,15 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 		reading: make(chan struct{}, readers),
 		closed:  make(chan struct{}),
 	}
-	if err := db.createFile(); err != nil {
+	inWAL, err := db.createFile()
+	if err != nil {
 		return nil, explain(path, err)
 	}
 	target := db.files[0].path
 	if err := db.openPools(target, readers); err != nil {
 		return nil, err
 	}
-	if err := db.setUp(ctx); err != nil {
+	if err := db.setUp(ctx, inWAL); err != nil {
 		db.Close()
 		return nil, explain(target, err)
 	}
@@ -98,23 +100,42 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 	return db, nil
 }
 
-// createFile creates the file if it is missing.
-func (db *database) createFile() error {
+// createFile creates the file if it is missing, and returns whether it is in WAL mode. A file that is not,
+// beside a write-ahead log with something in it, was put there from elsewhere: SQLite would play the log into
+// it, or delete the log.
+func (db *database) createFile() (inWAL bool, err error) {
 	file, err := os.OpenFile(db.path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer file.Close() // before SQLite opens it, or its locks would end here
 	info, err := file.Stat()
 	if err != nil {
-		return err
+		return false, err
 	}
 	target, err := filepath.EvalSymlinks(db.path) // the log stands beside it
 	if err != nil {
-		return err
+		return false, err
 	}
 	db.files = []watchedFile{{target, info}, {db.path, info}}
-	return nil
+	log := target + "-wal"
+	logInfo, err := os.Stat(log) // before the header: a file is in WAL mode before it has a log
+	hasLog := err == nil && logInfo.Size() > 0
+	inWAL, err = readJournalMode(file)
+	if err == nil && hasLog && !inWAL {
+		err = fmt.Errorf("the write-ahead log %q beside it is another file's, and has to be removed (with %q)",
+			log, target+"-shm")
+	}
+	return inWAL, err
+}
+
+// readJournalMode reads it in the file's header (https://www.sqlite.org/fileformat.html, section 1.3).
+func readJournalMode(file io.ReaderAt) (inWAL bool, err error) {
+	var versions [2]byte // to write the file and to read it; 1: rollback journal, 2: WAL
+	if _, err := file.ReadAt(versions[:], 18); err != nil && err != io.EOF {
+		return false, err
+	}
+	return versions == [2]byte{2, 2}, nil
 }
 
 // openPools makes the pools, which connect later. The pragmas stand in the name so that every connection has
@@ -143,16 +164,12 @@ func openPool(name string, connections int) (*sql.DB, error) {
 }
 
 // setUp prepares the file and all connections to it.
-func (db *database) setUp(ctx context.Context) error {
+func (db *database) setUp(ctx context.Context, inWAL bool) error {
 	err := whenFree(ctx, func() error { return db.transact(applySchema) })
 	if err != nil {
 		return err
 	}
-	err = whenFree(ctx, func() error { // SQLite does not wait here by itself
-		_, err := db.writer.Exec(`PRAGMA journal_mode(WAL)`)
-		return err
-	})
-	if err != nil {
+	if err := db.switchToWAL(ctx, inWAL); err != nil {
 		return fmt.Errorf("switching to a write-ahead log: %w", err)
 	}
 	if err := db.prepare(); err != nil {
@@ -235,11 +252,56 @@ func setUpError(doing string, err error) error {
 	return fmt.Errorf("%s: %w", doing, err)
 }
 
+// switchToWAL switches to a write-ahead log. Whether the file system has the shared memory that this takes,
+// the first read shows. Where it has not, and the file was in another mode before, it goes back to a rollback
+// journal: the original could not open it any more.
+func (db *database) switchToWAL(ctx context.Context, inWAL bool) error {
+	err := whenFree(ctx, func() error {
+		if _, err := db.writer.Exec(`PRAGMA journal_mode(WAL)`); err != nil { // waits for nobody by itself
+			return err
+		}
+		return db.writer.QueryRow(anyUser).Scan(new(bool))
+	})
+	if !inWAL && lacksSharedMemory(err) {
+		if backErr := db.leaveWAL(); backErr != nil {
+			return fmt.Errorf("%w; going back to a rollback journal: %w", err, backErr)
+		}
+	}
+	return err
+}
+
+// leaveWAL switches to a rollback journal, on a connection in exclusive locking mode: such a one needs no
+// shared memory.
+func (db *database) leaveWAL() error {
+	db.writer.Close()
+	pool, err := openPool(db.name+"&_pragma=locking_mode(EXCLUSIVE)", 1)
+	if err != nil {
+		return err
+	}
+	defer pool.Close()
+	return whenFree(context.Background(), func() error {
+		_, err := pool.Exec(`PRAGMA journal_mode(DELETE)`)
+		return err
+	})
+}
+
+func lacksSharedMemory(err error) bool {
+	switch sqliteCode(err) {
+	case sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMLOCK,
+		sqlite3.SQLITE_IOERR_SHMMAP:
+		return true
+	}
+	return false
+}
+
 // explain adds to an error of the start what SQLite's words do not say.
 func explain(path string, err error) error {
 	folder := filepath.Dir(path)
 	code := sqliteCode(err) & 0xff
 	switch {
+	case lacksSharedMemory(err):
+		return fmt.Errorf("%w; the file system of the folder %q has no shared memory, which a write-ahead "+
+			"log needs: keep the file on another one", err, folder)
 	case code == sqlite3.SQLITE_CANTOPEN, code == sqlite3.SQLITE_READONLY, errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("%w; the file and the folder %q must be writable, for files beside it that end "+
 			"in -wal and -shm", err, folder)
