@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -45,14 +46,13 @@ var schema string
 // the path would read that file through the write-ahead log of the first. So no statement is bound to a
 // context. The driver gives up a connection that a context interrupted, and the pool would open another.
 type database struct {
-	path    string        // as configured
-	name    string        // of the file and its pragmas, for the driver
-	files   []watchedFile // the file, the path, which may be a link to it, its -wal and its -shm
-	writer  *sql.DB       // one connection, as SQLite allows one writer
-	reader  *sql.DB       // several, which in WAL mode never wait for the writer
-	writing chan struct{} // holds an element for each write in progress
-	reading chan struct{} // holds an element for each read in progress
-	closed  chan struct{}
+	name    string                // the file and its pragmas, for the driver
+	files   []watchedFile         // the file, the link to it that was configured, if any, its -wal and its -shm
+	writer  *sql.DB               // one connection, as SQLite allows one writer
+	reader  *sql.DB               // several, which in WAL mode never wait for the writer
+	writing chan struct{}         // holds an element for each write in progress
+	reading chan struct{}         // holds an element for each read in progress
+	closed  chan struct{}         // closed by Close
 	gone    atomic.Pointer[error] // set once a file is not the one that was opened
 
 	userByEmail      *sql.Stmt
@@ -79,12 +79,11 @@ type watchedFile struct {
 func openDatabase(ctx context.Context, path string) (*database, error) {
 	readers := runtime.NumCPU() + 1
 	db := &database{
-		path:    path,
 		writing: make(chan struct{}, 1),
 		reading: make(chan struct{}, readers),
 		closed:  make(chan struct{}),
 	}
-	inWAL, err := db.createFile()
+	inWAL, err := db.createFile(path)
 	if err != nil {
 		return nil, explain(path, err)
 	}
@@ -100,45 +99,46 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 	return db, nil
 }
 
-// createFile creates the file if it is missing, and returns whether it is in WAL mode. A file that is not,
-// beside a write-ahead log with something in it, was put there from elsewhere: SQLite would play the log into
-// it, or delete the log.
-func (db *database) createFile() (inWAL bool, err error) {
-	file, err := os.OpenFile(db.path, os.O_RDWR|os.O_CREATE, 0o600)
+// createFile creates the file if it is missing, and returns whether it is in WAL mode. It refuses one that is
+// not, but stands beside a write-ahead log with something in it. Such a file was moved there after a crash,
+// or the log's own file was moved away. SQLite would play the log into the one, and delete it beside the
+// other.
+func (db *database) createFile(path string) (inWAL bool, err error) {
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return false, err
 	}
-	defer file.Close() // before SQLite opens it, or its locks would end here
+	defer file.Close() // before SQLite opens the file, whose locks this would release
 	info, err := file.Stat()
 	if err != nil {
 		return false, err
 	}
-	target, err := filepath.EvalSymlinks(db.path) // the log stands beside it
+	target, err := filepath.EvalSymlinks(path) // the log is beside it
 	if err != nil {
 		return false, err
 	}
-	db.files = []watchedFile{{target, info}, {db.path, info}}
+	db.files = []watchedFile{{target, info}, {path, info}}
 	log := target + "-wal"
-	logInfo, err := os.Stat(log) // before the header: a file is in WAL mode before it has a log
-	hasLog := err == nil && logInfo.Size() > 0
+	logInfo, logErr := os.Stat(log) // before the header is read: whoever switches to WAL writes that first
 	inWAL, err = readJournalMode(file)
-	if err == nil && hasLog && !inWAL {
-		err = fmt.Errorf("the write-ahead log %q beside it is another file's, and has to be removed (with %q)",
+	if err == nil && !inWAL && logErr == nil && logInfo.Size() > 0 {
+		err = fmt.Errorf("the write-ahead log %q belongs to another file: it has to be removed, with %q",
 			log, target+"-shm")
 	}
 	return inWAL, err
 }
 
-// readJournalMode reads it in the file's header (https://www.sqlite.org/fileformat.html, section 1.3).
+// readJournalMode reads the header (https://www.sqlite.org/fileformat.html, section 1.3). A new file has
+// none.
 func readJournalMode(file io.ReaderAt) (inWAL bool, err error) {
-	var versions [2]byte // to write the file and to read it; 1: rollback journal, 2: WAL
+	var versions [2]byte // of who may write and read the file; 1: rollback journal, 2: write-ahead log
 	if _, err := file.ReadAt(versions[:], 18); err != nil && err != io.EOF {
 		return false, err
 	}
 	return versions == [2]byte{2, 2}, nil
 }
 
-// openPools makes the pools, which connect later. The pragmas stand in the name so that every connection has
+// openPools makes the pools, which connect later. The pragmas are in the name so that every connection has
 // them. synchronous(FULL): what was committed must outlive a power cut. temp_store(MEMORY): a scratch image
 // has no /tmp. _dqs=0: a column that is missing must not be taken for a string.
 func (db *database) openPools(target string, readers int) (err error) {
@@ -163,7 +163,7 @@ func openPool(name string, connections int) (*sql.DB, error) {
 	return pool, nil
 }
 
-// setUp prepares the file and all connections to it.
+// setUp brings the file into shape and opens all connections.
 func (db *database) setUp(ctx context.Context, inWAL bool) error {
 	err := whenFree(ctx, func() error { return db.transact(applySchema) })
 	if err != nil {
@@ -186,7 +186,7 @@ func (db *database) setUp(ctx context.Context, inWAL bool) error {
 	if err := db.compareFiles(); err != nil {
 		return err
 	}
-	// What a crash left in the log goes into the file. Some of it stays where another program is reading.
+	// What a crash left in the log goes into the file, unless another program is reading the log.
 	_, err = db.writer.Exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
 	return err
 }
@@ -252,12 +252,12 @@ func setUpError(doing string, err error) error {
 	return fmt.Errorf("%s: %w", doing, err)
 }
 
-// switchToWAL switches to a write-ahead log. Whether the file system has the shared memory that this takes,
-// the first read shows. Where it has not, and the file was in another mode before, it goes back to a rollback
-// journal: the original could not open it any more.
+// switchToWAL switches to a write-ahead log and proves with a read that it works: it needs shared memory,
+// which some file systems do not have. There a file that was not in WAL mode before goes back to a rollback
+// journal, so that the original can still open it.
 func (db *database) switchToWAL(ctx context.Context, inWAL bool) error {
 	err := whenFree(ctx, func() error {
-		if _, err := db.writer.Exec(`PRAGMA journal_mode(WAL)`); err != nil { // waits for nobody by itself
+		if _, err := db.writer.Exec(`PRAGMA journal_mode(WAL)`); err != nil { // SQLite does not wait here
 			return err
 		}
 		return db.writer.QueryRow(anyUser).Scan(new(bool))
@@ -270,8 +270,7 @@ func (db *database) switchToWAL(ctx context.Context, inWAL bool) error {
 	return err
 }
 
-// leaveWAL switches to a rollback journal, on a connection in exclusive locking mode: such a one needs no
-// shared memory.
+// leaveWAL switches to a rollback journal. A connection in exclusive locking mode needs no shared memory.
 func (db *database) leaveWAL() error {
 	db.writer.Close()
 	pool, err := openPool(db.name+"&_pragma=locking_mode(EXCLUSIVE)", 1)
@@ -286,12 +285,8 @@ func (db *database) leaveWAL() error {
 }
 
 func lacksSharedMemory(err error) bool {
-	switch sqliteCode(err) {
-	case sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMLOCK,
-		sqlite3.SQLITE_IOERR_SHMMAP:
-		return true
-	}
-	return false
+	return slices.Contains([]int{sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMSIZE,
+		sqlite3.SQLITE_IOERR_SHMLOCK, sqlite3.SQLITE_IOERR_SHMMAP}, sqliteCode(err))
 }
 
 // explain adds to an error of the start what SQLite's words do not say.
@@ -374,7 +369,7 @@ func (db *database) openReaders() error {
 	return nil
 }
 
-// watch compares the files until Close, for lookups, which do not.
+// watch compares the files until Close. Lookups rely on it, and do not compare them.
 func (db *database) watch() {
 	ticker := time.NewTicker(watchInterval)
 	defer ticker.Stop()
@@ -388,9 +383,9 @@ func (db *database) watch() {
 	}
 }
 
-// compareFiles returns an errUnavailable, from then on always, once a file is not the one that was opened.
-// SQLite would go on: into a file that nobody finds again, or without the locks that other programs heed. So
-// nothing may be written, checkpointed or closed any more.
+// compareFiles returns an errUnavailable once a file is not the one that was opened, and from then on for
+// ever. SQLite would go on writing: into a file that nobody finds again, or past the locks of other programs.
+// So nothing is written, checkpointed or closed any more.
 func (db *database) compareFiles() error {
 	for _, file := range db.files {
 		info, err := os.Stat(file.path)
@@ -398,7 +393,7 @@ func (db *database) compareFiles() error {
 			continue
 		}
 		if err == nil {
-			err = errors.New("another file is there")
+			err = errors.New("another file is in its place")
 		}
 		gone := fmt.Errorf("%w: the file %q was deleted or replaced: restart the service: %w",
 			errUnavailable, file.path, err)
@@ -412,8 +407,8 @@ func (db *database) compareFiles() error {
 	return *gone
 }
 
-// removeLog removes our log beside a file that is not ours. Whoever opens that file next would play the log
-// into it (https://www.sqlite.org/howtocorrupt.html, section 1.4).
+// removeLog removes our log if it is beside a file that is not ours. Whoever next opened that file would play
+// the log into it (https://www.sqlite.org/howtocorrupt.html, section 1.4).
 func (db *database) removeLog() {
 	target := db.files[0]
 	info, err := os.Stat(target.path)
@@ -427,8 +422,8 @@ func (db *database) removeLog() {
 	}
 }
 
-// Close closes the connections, the writer last: that checkpoints the log. Once a file is not ours it closes
-// nothing; the locks end with the process.
+// Close closes the connections, the writer last, which checkpoints the log. It closes none once a file is not
+// the one that was opened: they end with the process.
 func (db *database) Close() error {
 	close(db.closed)
 	if err := db.compareFiles(); err != nil {
@@ -457,7 +452,8 @@ func (db *database) InsertUser(ctx context.Context, user User, typed, passwordHa
 	}
 	return db.withWriter(ctx, "inserting user", func(tx *sql.Tx) error {
 		millis := createdAt.UnixMilli() // as Prisma writes it
-		result, err := tx.Stmt(db.insertUser).Exec(user.ID, user.Name, user.Email, millis, millis, passwordHash, typed)
+		result, err := tx.Stmt(db.insertUser).
+			Exec(user.ID, user.Name, user.Email, millis, millis, passwordHash, typed)
 		if err != nil {
 			return err
 		}
@@ -547,41 +543,53 @@ func (db *database) ReplacePasswordHash(ctx context.Context, userID, oldHash, ne
 	})
 }
 
-// withReader makes a query on a reading connection.
+// withReader makes a query, when a reading connection is free.
 func (db *database) withReader(ctx context.Context, doing string, query func() error) error {
 	return db.translate(doing, db.inTurn(ctx, db.reading, query))
 }
 
-// withWriter makes a change in one transaction.
+// withWriter makes a change in one transaction, when the writing connection is free.
 func (db *database) withWriter(ctx context.Context, doing string, change func(*sql.Tx) error) error {
 	return db.translate(doing, db.inTurn(ctx, db.writing, func() error { return db.transact(change) }))
 }
 
-// inTurn does something when there is room among the turns, so that a connection is free. It waits until
-// ctx's deadline at most. A client that hangs up changes nothing.
+// inTurn calls do once there is room among the turns.
 func (db *database) inTurn(ctx context.Context, turns chan struct{}, do func() error) error {
-	wait := turnTimeout
-	if deadline, ok := ctx.Deadline(); ok {
-		wait = min(wait, time.Until(deadline))
-	}
-	select {
-	case turns <- struct{}{}:
-	default:
-		select {
-		case turns <- struct{}{}:
-		case <-time.After(wait):
-			return fmt.Errorf("%w: other requests are in the way", errRefused)
-		}
+	if !takeTurn(ctx, turns) {
+		return fmt.Errorf("%w: other requests are in the way", errRefused)
 	}
 	defer func() { <-turns }()
 	if db.gone.Load() != nil {
-		return nil // translate tells
+		return nil // translate returns the error
 	}
 	return do()
 }
 
-// transact makes a change and commits it, if the files are ours before and still after that: only then does
-// the next program that opens them find it.
+// takeTurn returns whether there was room among the turns before turnTimeout and ctx's deadline. A client
+// that hangs up does not end the wait: what it asked for is done.
+func takeTurn(ctx context.Context, turns chan<- struct{}) bool {
+	wait := turnTimeout
+	if deadline, ok := ctx.Deadline(); ok {
+		wait = min(wait, time.Until(deadline))
+	}
+	if wait <= 0 {
+		return false
+	}
+	select {
+	case turns <- struct{}{}:
+		return true
+	default:
+	}
+	select {
+	case turns <- struct{}{}:
+		return true
+	case <-time.After(wait):
+		return false
+	}
+}
+
+// transact commits a change if the files are still ours. If they are not right after that, nobody may find
+// the change again.
 func (db *database) transact(change func(*sql.Tx) error) error {
 	tx, err := db.writer.Begin()
 	if err != nil {
@@ -600,9 +608,9 @@ func (db *database) transact(change func(*sql.Tx) error) error {
 	return db.compareFiles()
 }
 
-// translate adds what failed, and maps the errors of SQLite to this program's: errEmailTaken; errRefused where
-// SQLite refused; errUnavailable where it could not read or write. Any other is a fault of this program. Once a
-// file is gone that is the error, whatever err is.
+// translate adds what failed, and maps the errors of SQLite to this program's: errEmailTaken; errRefused
+// where SQLite refused; errUnavailable where it could not read or write. Any other is a fault of this
+// program. Once a file is not the one that was opened, that is the error, whatever err is.
 func (db *database) translate(doing string, err error) error {
 	if gone := db.gone.Load(); gone != nil {
 		err = *gone
