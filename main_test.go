@@ -6151,7 +6151,8 @@ func TestFaultsOfTheFile(t *testing.T) {
 				os.Remove(s.dbPath + "-wal")
 				return forGood
 			},
-			embedded: nothing, log: outOfReach, cause: replaced, restart: true, stopped: true,
+			embedded: nothing, redis: []int{503, 200, 503, 503, 204}, log: outOfReach, cause: replaced,
+			restart: true,
 		},
 		"its shared memory deleted": {
 			strike: func(s *service) func() {

@@ -73,6 +73,15 @@ type watchedFile struct {
 	info os.FileInfo
 }
 
+// compare returns an error if the path no longer names the file that was opened.
+func (f watchedFile) compare() error {
+	info, err := os.Stat(f.path)
+	if err == nil && !os.SameFile(info, f.info) {
+		return errors.New("another file is in its place")
+	}
+	return err
+}
+
 // openDatabase opens the file at path and applies the schema. A missing file is created, readable to its
 // owner only. A file whose tables are another program's is left as it was, and the error names the table.
 // When ctx ends, so does the wait for other programs' locks.
@@ -388,37 +397,33 @@ func (db *database) watch() {
 // So nothing is written, checkpointed or closed any more.
 func (db *database) compareFiles() error {
 	for _, file := range db.files {
-		info, err := os.Stat(file.path)
-		if err == nil && os.SameFile(info, file.info) {
-			continue
+		if err := file.compare(); err != nil {
+			gone := fmt.Errorf("%w: the file %q was deleted or replaced: restart the service: %w",
+				errUnavailable, file.path, err)
+			db.gone.CompareAndSwap(nil, &gone)
 		}
-		if err == nil {
-			err = errors.New("another file is in its place")
-		}
-		gone := fmt.Errorf("%w: the file %q was deleted or replaced: restart the service: %w",
-			errUnavailable, file.path, err)
-		db.gone.CompareAndSwap(nil, &gone)
 	}
 	gone := db.gone.Load()
 	if gone == nil {
 		return nil
 	}
-	db.removeLog()
+	if len(db.files) == 4 {
+		db.removeLog()
+	}
 	return *gone
 }
 
-// removeLog removes our log if it is beside a file that is not ours. Whoever next opened that file would play
-// the log into it (https://www.sqlite.org/howtocorrupt.html, section 1.4).
+// removeLog removes our log beside another file, and our shared memory beside another log or none: whoever
+// opened the file next would play the log into it, or take the shared memory for the index of its own log
+// (https://www.sqlite.org/howtocorrupt.html, section 1.4). A file that was only moved away keeps its log.
 func (db *database) removeLog() {
-	target := db.files[0]
-	info, err := os.Stat(target.path)
-	if err != nil || os.SameFile(info, target.info) {
-		return
+	file, log, sharedMemory := db.files[0], db.files[2], db.files[3]
+	err := file.compare()
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && log.compare() == nil {
+		os.Remove(log.path)
 	}
-	for _, file := range db.files[2:] {
-		if info, err := os.Stat(file.path); err == nil && os.SameFile(info, file.info) {
-			os.Remove(file.path)
-		}
+	if log.compare() != nil && sharedMemory.compare() == nil {
+		os.Remove(sharedMemory.path)
 	}
 }
 
