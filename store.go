@@ -29,6 +29,7 @@ import (
 var (
 	errUserNotFound = errors.New("no such user")
 	errEmailTaken   = errors.New("the email is registered already")
+	errOtherFile    = errors.New("another file is in its place")
 )
 
 const (
@@ -73,11 +74,12 @@ type watchedFile struct {
 	info os.FileInfo
 }
 
-// compare returns an error if the path no longer names the file that was opened.
+// compare returns an error if the path no longer names the file that was opened: errOtherFile if it names
+// another one.
 func (f watchedFile) compare() error {
 	info, err := os.Stat(f.path)
 	if err == nil && !os.SameFile(info, f.info) {
-		return errors.New("another file is in its place")
+		return errOtherFile
 	}
 	return err
 }
@@ -418,11 +420,12 @@ func (db *database) compareFiles() error {
 // (https://www.sqlite.org/howtocorrupt.html, section 1.4). A file that was only moved away keeps its log.
 func (db *database) removeLog() {
 	file, log, sharedMemory := db.files[0], db.files[2], db.files[3]
-	err := file.compare()
-	if err != nil && !errors.Is(err, fs.ErrNotExist) && log.compare() == nil {
+	if errors.Is(file.compare(), errOtherFile) && log.compare() == nil {
 		os.Remove(log.path)
 	}
-	if log.compare() != nil && sharedMemory.compare() == nil {
+	err := log.compare()
+	logIsGone := errors.Is(err, errOtherFile) || errors.Is(err, fs.ErrNotExist)
+	if logIsGone && sharedMemory.compare() == nil {
 		os.Remove(sharedMemory.path)
 	}
 }
