@@ -584,6 +584,7 @@ func (p *pipeline) serve(conn *redisConn) {
 	stop := context.AfterFunc(p.closing, func() { conn.fail(errClosed) })
 	defer stop()
 	p.mu.Lock()
+	conn.since = time.Now()
 	p.conn = conn
 	p.mu.Unlock()
 	go conn.receive()
@@ -634,8 +635,8 @@ type redisConn struct {
 	server string // host:port
 	user   string // that is logged in, "" for the default one
 	socket net.Conn
-	redis  redis.Conn // encodes commands into the socket, and reads replies from it
-	since  time.Time
+	redis  redis.Conn    // encodes commands into the socket, and reads replies from it
+	since  time.Time     // in use
 	nonce  string        // never used before; each flush adds its number
 	ended  chan struct{} // closed when err is set
 
@@ -662,7 +663,6 @@ func newRedisConn(server, user string, socket, stream net.Conn) *redisConn {
 		user:   user,
 		socket: socket,
 		redis:  redis.NewConn(heldConn{stream}, 0, 0),
-		since:  time.Now(),
 		nonce:  rand.Text(),
 		ended:  make(chan struct{}),
 	}
