@@ -193,8 +193,8 @@ func readConfig(env *environment) config {
 	}
 }
 
-// readVariable returns a variable's value. Where the variable is empty the fallback is parsed, and where that is
-// empty too the value is zero.
+// readVariable returns a variable's value. Where the variable is empty the fallback is parsed, and where that
+// is empty too the value is zero.
 func readVariable[T any](
 	env *environment, name, fallback string, parse func(string) (T, error), meaning string,
 ) T {
