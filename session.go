@@ -1203,7 +1203,7 @@ type router struct {
 
 	mu        sync.Mutex
 	entry     *pipeline            // to the first server of REDIS_URL that answers; nil until it is needed
-	avoided   string               // the server that was left last: the entry is dialled there after all others
+	avoided   string               // the server that was left last: the entry is dialled there last
 	nodes     map[string]*pipeline // by host:port
 	slots     [slotCount]*pipeline // the node of each slot that is known
 	isCluster bool                 // a server has redirected

@@ -49,7 +49,7 @@ var schema string
 // pool would open another.
 type database struct {
 	name    string                // the file and its pragmas, for the driver
-	files   []watchedFile         // the file, the link to it that was configured, if any, its -wal and its -shm
+	files   []watchedFile         // the file, the configured link to it if any, its -wal, its -shm
 	writer  *sql.DB               // one connection, as SQLite allows one writer
 	reader  *sql.DB               // several, which in WAL mode never wait for the writer
 	writing chan struct{}         // holds an element for each write in progress
@@ -148,7 +148,7 @@ func openOrCreate(path string) (*os.File, error) {
 // beside it. That is another file's, which a backup has replaced: SQLite would write the log into the backup.
 func checkLog(file *os.File, path string) (inWAL bool, err error) {
 	log := path + "-wal"
-	_, logErr := os.Stat(log) // before the header is read: a start that switches to WAL writes the header first
+	_, logErr := os.Stat(log) // before the header: a start that switches to WAL writes the header first
 	inWAL, err = readJournalMode(file)
 	if err == nil && !inWAL && logErr == nil {
 		err = fmt.Errorf("the write-ahead log %q belongs to another file: it has to be removed, with %q",
