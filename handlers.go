@@ -427,8 +427,8 @@ func dummyHash(cost int) string {
 }
 
 // upgradeHash stores a password's hash anew if it is weaker than configured. It runs after the answer. If it
-// fails, or too many wait for bcrypt, the next sign-in tries again. All upgrades share one
-// place in the fair queue.
+// fails, or too many wait for bcrypt, the next sign-in tries again. The queue counts all upgrades as one
+// network.
 func (s *server) upgradeHash(userID, oldHash, password string) {
 	cost, _ := bcrypt.Cost([]byte(oldHash)) // it was compared: no error
 	if cost >= s.cfg.bcryptCost {
@@ -797,7 +797,7 @@ func (h *storeHealth) answered() {
 	h.log.Info("store is back", "away", time.Since(o.since).Round(time.Millisecond).String())
 }
 
-// away returns for how long the store has been out of reach, 0 if it is not.
+// away returns the time since the outage began, 0 if there is none.
 func (h *storeHealth) away() time.Duration {
 	o := h.outage.Load()
 	if o == nil {
@@ -1088,7 +1088,7 @@ func (g *gate) enqueue(t *try) error {
 		place--
 	}
 	g.queue = slices.Insert(g.queue, place, t)
-	if len(g.queue) > maxQueue { // the end of the longest line goes, and not who comes
+	if len(g.queue) > maxQueue { // the end of the longest line goes, t itself if none is longer
 		g.queue[maxQueue].admitted <- errTooBusy
 		g.queue = g.queue[:maxQueue]
 	}

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -39,9 +38,9 @@ type User struct {
 // SessionStore keeps sessions. It has no update. Otherwise a slow request could write a session back after
 // its sign-out.
 //
-// Every method may be called from any goroutine and gives up within 3 s, but for a commit that has begun.
-// "There is no such session" (errNoSession) signs a user out. "I could not find out" must not: it is an
-// error that wraps errUnavailable.
+// Every method may be called from any goroutine and gives up within 3 s, but for a statement of SQLite that
+// has begun. "There is no such session" (errNoSession) signs a user out. "I could not find out" must not: it
+// is an error that wraps errUnavailable.
 type SessionStore interface {
 	// Create makes session id for user, to live for ttl (whole seconds). After an error the session may
 	// exist, but then it expires.
@@ -194,7 +193,7 @@ func (s *redisSessions) Create(ctx context.Context, id string, user User, ttl ti
 	return err
 }
 
-// checkCreated looks at EXEC's reply, of which do has found no element to be an error.
+// checkCreated checks EXEC's reply. If an element were an error, do would have returned it.
 func checkCreated(reply any) error {
 	results, ok := reply.([]any)
 	if !ok || len(results) != 2 {
@@ -309,7 +308,7 @@ const (
 	sentinelPatience = time.Second / 2  // with the other sentinels after one has answered
 	sentinelInterval = 3 * time.Second  // of asking the sentinels while a connection stands
 	minLife          = time.Second / 10 // of a pipeline, so that no server is dialled more often
-	minStay          = time.Second      // at a server that is none to ask
+	minStay          = time.Second      // of a connection to a server that does not serve
 	maxQueued        = 8192             // operations that wait to be sent
 	maxInFlight      = 512              // operations that wait for their replies
 	maxFlush         = 64               // operations that are proved together
@@ -424,7 +423,7 @@ type pipeline struct {
 	isEntry bool     // of the router, and no node of a cluster
 	addrs   []string // that dial is called with, the best first
 	dial    func(ctx context.Context, addr string) (*redisConn, error)
-	forget  func(*pipeline) // called before the pipeline takes no more operations
+	forget  func(*pipeline) // called just before the pipeline stops taking operations
 	stats   *redisStats
 	closing context.Context // ends when the store is closed
 	wake    chan struct{}   // holds an element if the queue may have become longer
@@ -635,6 +634,7 @@ func (p *pipeline) dropLate(operations []*operation, standsSince time.Time) []*o
 type redisConn struct {
 	server string // host:port
 	user   string // that is logged in, "" for the default one
+	epoch  int    // of the sentinels' configuration that named it as the primary
 	socket net.Conn
 	redis  redis.Conn    // encodes commands into the socket, and reads replies from it
 	since  time.Time     // in use
@@ -877,7 +877,7 @@ func (d *redisDialer) dialServer(ctx context.Context, addr string) (*redisConn, 
 	})
 }
 
-// dialNode connects to a node of a cluster. Another Redis may have taken its address: that refuses ASKING.
+// dialNode connects to a node of a cluster. A standalone Redis may have taken its address: it refuses ASKING.
 func (d *redisDialer) dialNode(ctx context.Context, addr string) (*redisConn, error) {
 	return d.open(ctx, addr, func(conn *redisConn) error {
 		if err := d.logIn(conn); err != nil {
@@ -890,17 +890,17 @@ func (d *redisDialer) dialNode(ctx context.Context, addr string) (*redisConn, er
 	})
 }
 
-// dialPrimary connects to the newest primary that the sentinels name and that is one. At the moment of a
-// failover it may not be yet.
+// dialPrimary connects to the primary that the sentinels name. While they do not agree, several are tried.
 func (d *redisDialer) dialPrimary(ctx context.Context) (*redisConn, error) {
-	addrs, err := d.askSentinels(ctx)
+	answers, err := d.askSentinels(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var errs []error
-	for _, addr := range addrs {
-		conn, err := d.dialIfPrimary(ctx, addr)
+	for _, answer := range answers {
+		conn, err := d.dialIfPrimary(ctx, answer.primary)
 		if err == nil {
+			conn.epoch = answer.epoch
 			return conn, nil
 		}
 		errs = append(errs, err)
@@ -965,9 +965,9 @@ type sentinelAnswer struct {
 	err     error
 }
 
-// askSentinels returns the primaries that the sentinels name, the newest first: a sentinel that a partition
-// cuts off from the others names an old one. An error means that no sentinel has answered before ctx ended.
-func (d *redisDialer) askSentinels(ctx context.Context) ([]string, error) {
+// askSentinels returns what the sentinels of the newest configuration know: one that a partition cuts off
+// from the others names an old primary. An error means that no sentinel has answered before ctx ended.
+func (d *redisDialer) askSentinels(ctx context.Context) ([]sentinelAnswer, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // ends the wait for those that are late
 	answers := make(chan sentinelAnswer, len(d.target.addrs))
@@ -978,12 +978,11 @@ func (d *redisDialer) askSentinels(ctx context.Context) ([]string, error) {
 	if len(known) == 0 {
 		return nil, errors.Join(errs...)
 	}
-	slices.SortStableFunc(known, func(a, b sentinelAnswer) int { return cmp.Compare(b.epoch, a.epoch) })
-	var primaries []string
+	newest := 0
 	for _, answer := range known {
-		primaries = append(primaries, answer.primary)
+		newest = max(newest, answer.epoch)
 	}
-	return slices.Compact(primaries), nil
+	return slices.DeleteFunc(known, func(a sentinelAnswer) bool { return a.epoch < newest }), nil
 }
 
 // collectAnswers returns n answers, or those that have come sentinelPatience after the latest good one.
@@ -1191,8 +1190,8 @@ func (t *redisTarget) String() string {
 }
 
 // router finds the pipeline to ask for a key: the entry, or where Redis is a cluster the node that has the
-// key's slot. It learns a slot's node from Redis's redirections, and forgets it when the connection to that
-// ends. The entry is asked for what is not known.
+// key's slot. It learns a slot's node from Redis's redirections, and forgets a node's
+// slots when the connection to it ends. Keys of unknown slots go to the entry.
 // https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
 type router struct {
 	dialer  *redisDialer
@@ -1202,7 +1201,7 @@ type router struct {
 	close   context.CancelCauseFunc
 
 	mu        sync.Mutex
-	entry     *pipeline            // to the first server of REDIS_URL that answers; nil until it is needed
+	entry     *pipeline            // to a server of REDIS_URL, or a node; nil until it is needed
 	avoided   string               // the server that was left last: the entry is dialled there last
 	nodes     map[string]*pipeline // by host:port
 	slots     [slotCount]*pipeline // the node of each slot that is known
@@ -1259,6 +1258,7 @@ func (r *router) do(ctx context.Context, key string, sends int, commands ...comm
 func (r *router) next(key string, from *pipeline, op *operation, err error) (to *pipeline, asking bool) {
 	refusal, isRefused := errors.AsType[*refusedError](err)
 	switch {
+	case errors.Is(err, errClosed): // there will be no other
 	case errors.Is(err, errTimeout): // the server is slow enough without a second try
 		if !from.isEntry {
 			r.unlearn(from)
@@ -1274,7 +1274,8 @@ func (r *router) next(key string, from *pipeline, op *operation, err error) (to 
 	return nil, false
 }
 
-// redirect is next after a refusal. Redis redirects before it does anything, so the operation is unsent.
+// redirect is next after a refusal. Redis redirects before it executes anything, so what it redirects may be
+// sent again, even a creation.
 func (r *router) redirect(key string, from *pipeline, refusal *refusedError) (to *pipeline, asking bool) {
 	word, slot, addr := parseRedirection(refusal)
 	switch {
@@ -1297,7 +1298,7 @@ func (r *router) redirect(key string, from *pipeline, refusal *refusedError) (to
 	return nil, false
 }
 
-// ping asks the entry and all nodes, and returns nil when one of them answers.
+// ping asks the entry and all connected nodes, and returns nil when one of them answers.
 func (r *router) ping(ctx context.Context) error {
 	r.mu.Lock()
 	nodes := r.connectedNodes()
@@ -1419,9 +1420,9 @@ func (r *router) unlearn(node *pipeline) {
 }
 
 // clearSlots is unlearn for who holds r.mu.
-func (r *router) clearSlots(lost *pipeline) {
+func (r *router) clearSlots(p *pipeline) {
 	for slot, node := range r.slots[:] {
-		if node == lost {
+		if node == p {
 			r.slots[slot] = nil
 		}
 	}
@@ -1469,11 +1470,15 @@ func (r *router) followPrimary() {
 func (r *router) checkStillPrimary(conn *redisConn) {
 	ctx, cancel := context.WithTimeout(r.closing, sentinelInterval)
 	defer cancel()
-	primaries, err := r.dialer.askSentinels(ctx)
-	if err != nil || primaries[0] == conn.server {
+	answers, err := r.dialer.askSentinels(ctx)
+	if err != nil {
 		return // as long as the connection stands the sentinels are not needed
 	}
-	other, err := r.dialer.dialIfPrimary(ctx, primaries[0])
+	newest := answers[0]
+	if newest.epoch <= conn.epoch || newest.primary == conn.server {
+		return
+	}
+	other, err := r.dialer.dialIfPrimary(ctx, newest.primary)
 	if err == nil {
 		other.fail(errNotNeeded)
 		conn.fail(errReplaced)

@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -55,6 +56,7 @@ type database struct {
 	writing chan struct{}         // holds an element for each write in progress
 	reading chan struct{}         // holds an element for each read in progress
 	closed  chan struct{}         // closed by Close
+	watcher sync.WaitGroup        // of watch
 	gone    atomic.Pointer[error] // set once a file is not the one that was opened
 
 	userByEmail      *sql.Stmt
@@ -107,7 +109,7 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 		db.Close()
 		return nil, explain(target, err)
 	}
-	go db.watch()
+	db.watcher.Go(db.watch)
 	return db, nil
 }
 
@@ -410,15 +412,16 @@ func (db *database) watch() {
 		select {
 		case <-ticker.C:
 			db.compareFiles()
+			db.removeLog()
 		case <-db.closed:
 			return
 		}
 	}
 }
 
-// compareFiles returns an errUnavailable once a file is missing or another one, and from then on for ever.
-// SQLite would go on writing: into a file that nobody finds again, or where the shared memory is missing past
-// the locks of other programs. So nothing is written, checkpointed or closed any more.
+// compareFiles returns an errUnavailable if a file was deleted or replaced, and keeps returning it. SQLite
+// would not notice: its commits would go into an unlinked file or, without the -shm, ignore other programs'
+// locks. So nothing is written, checkpointed or closed any more.
 func (db *database) compareFiles() error {
 	for _, file := range db.files {
 		err := file.compare()
@@ -430,20 +433,20 @@ func (db *database) compareFiles() error {
 			return fmt.Errorf("%w: %w", errUnavailable, err)
 		}
 	}
-	gone := db.gone.Load()
-	if gone == nil {
-		return nil
+	if gone := db.gone.Load(); gone != nil {
+		return *gone
 	}
-	if len(db.files) == 4 { // set up
-		db.removeLog()
-	}
-	return *gone
+	return nil
 }
 
-// removeLog removes our log beside another file, and our shared memory beside another log or none: whoever
-// opened the file next would play the log into it, or take the shared memory for the index of its own log
-// (https://www.sqlite.org/howtocorrupt.html, section 1.4). A file that was only moved away keeps its log.
+// removeLog removes, once the file was replaced, our -wal: the next program would apply it to the new file.
+// Once the -wal was deleted or replaced it removes our -shm: the next program would take it for the index of
+// its own -wal (https://www.sqlite.org/howtocorrupt.html, section 1.4). A file that was only moved away keeps
+// its -wal. Only one goroutine at a time may call it.
 func (db *database) removeLog() {
+	if db.gone.Load() == nil || len(db.files) < 4 { // nothing has happened, or the log is not opened yet
+		return
+	}
 	file, log, sharedMemory := db.files[0], db.files[2], db.files[3]
 	if errors.Is(file.compare(), errOtherFile) && log.compare() == nil {
 		os.Remove(log.path)
@@ -455,11 +458,13 @@ func (db *database) removeLog() {
 	}
 }
 
-// Close closes the connections, the writer last, which checkpoints the log. It closes none once a file is not
-// the one that was opened: they end with the process.
+// Close closes the connections, the writer last, which checkpoints the log. It closes none once a file was
+// deleted or replaced: they end with the process.
 func (db *database) Close() error {
 	close(db.closed)
+	db.watcher.Wait()
 	if err := db.compareFiles(); err != nil {
+		db.removeLog()
 		return fmt.Errorf("closing: %w", err)
 	}
 	err := db.reader.Close()
@@ -507,7 +512,7 @@ func (db *database) UserByEmail(ctx context.Context, typed string) (User, string
 	var user User
 	var passwordHash string
 	err := db.withReader(ctx, "finding user by email", func() (err error) {
-		for _, email := range []string{typed, strings.TrimSpace(typed)} {
+		for _, email := range slices.Compact([]string{typed, strings.TrimSpace(typed)}) {
 			user, passwordHash, err = scanUser(db.userByEmail.QueryRow(email))
 			if !errors.Is(err, sql.ErrNoRows) {
 				return err
@@ -591,7 +596,7 @@ func (db *database) withWriter(ctx context.Context, doing string, change func(*s
 // inTurn calls do once there is room among the turns.
 func (db *database) inTurn(ctx context.Context, turns chan struct{}, do func() error) error {
 	if !takeTurn(ctx, turns) {
-		return fmt.Errorf("%w: other requests are in the way", errRefused)
+		return fmt.Errorf("%w: other requests are in the way", errUnavailable)
 	}
 	defer func() { <-turns }()
 	if gone := db.gone.Load(); gone != nil {
@@ -640,12 +645,17 @@ func (db *database) transact(change func(*sql.Tx) error) error {
 	if err := tx.Commit(); err != nil {
 		return err
 	}
-	return db.compareFiles()
+	db.compareFiles()
+	if gone := db.gone.Load(); gone != nil {
+		return *gone
+	}
+	return nil
 }
 
 // translate adds what failed, and maps the errors of SQLite to this program's: errRefused where SQLite
-// refused, errUnavailable where it could not read or write. Any other is a fault of this program. Once a file
-// is not the one that was opened, that is the error, whatever err is.
+// refused, errUnavailable where it could not read or write. A constraint, a mismatch or a misuse is a fault
+// of this program, and so is an error that is not SQLite's. Once a file was deleted or replaced, that is the
+// error, whatever err is.
 func (db *database) translate(doing string, err error) error {
 	if gone := db.gone.Load(); gone != nil {
 		err = *gone
