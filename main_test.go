@@ -337,32 +337,32 @@ func eventually(t testing.TB, limit time.Duration, what string, condition func()
 	}
 }
 
-// readReply reads one whole reply of RESP 2.
-func readReply(r *bufio.Reader) ([]byte, error) {
-	line, err := r.ReadBytes('\n')
+// readRESP reads one value of RESP 2, a command or a reply. It returns the value as it was sent, and the
+// strings in it.
+func readRESP(r *bufio.Reader) (raw []byte, texts []string, err error) {
+	raw, err = r.ReadBytes('\n')
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	n, _ := strconv.Atoi(string(bytes.TrimSpace(line[1:])))
-	switch line[0] {
-	case '$':
-		if n >= 0 {
-			body := make([]byte, n+2)
-			if _, err := io.ReadFull(r, body); err != nil {
-				return nil, err
-			}
-			line = append(line, body...)
+	n, _ := strconv.Atoi(string(bytes.TrimSpace(raw[1:])))
+	switch {
+	case raw[0] == '$' && n >= 0:
+		text := make([]byte, n+len("\r\n"))
+		if _, err := io.ReadFull(r, text); err != nil {
+			return nil, nil, err
 		}
-	case '*':
+		return append(raw, text...), []string{string(text[:n])}, nil
+	case raw[0] == '*':
 		for range n {
-			element, err := readReply(r)
+			element, inIt, err := readRESP(r)
 			if err != nil {
-				return nil, err
+				return nil, nil, err
 			}
-			line = append(line, element...)
+			raw = append(raw, element...)
+			texts = append(texts, inIt...)
 		}
 	}
-	return line, nil
+	return raw, texts, nil
 }
 
 // logBuffer is a service's standard error.
@@ -964,7 +964,7 @@ func (p *proxy) serve(client net.Conn, target string) {
 
 // receive returns a reply of Redis, or what the fault makes of it.
 func (p *proxy) receive(in *bufio.Reader) ([]byte, error) {
-	reply, err := readReply(in)
+	reply, _, err := readRESP(in)
 	if err != nil {
 		return nil, err
 	}
@@ -3551,12 +3551,11 @@ var storeCalls = map[string]func(store SessionStore, id string) error{
 // ---------------------------------------------------------------------------------------------------
 // session.go: the pipeline, on a Redis that says what a test wants.
 
-// fakeRedis answers each command with what a function returns: "" for nothing, cutOff for an end. The ECHO by
-// which a dial proves itself is answered apart from that.
+// fakeRedis is a Redis in virtual time. It answers each command with what a function returns: "" for nothing,
+// cutOff to close the connection, readNoMore to leave it at that. The ECHO by which a dial proves itself is
+// answered apart from that.
 type fakeRedis struct {
-	addr     string
-	listener net.Listener
-	answer   func(command []string) string
+	answer func(command []string) string
 
 	mu       sync.Mutex
 	mute     bool // dials are not answered
@@ -3565,38 +3564,10 @@ type fakeRedis struct {
 	open     int // connections that are still open
 }
 
-const cutOff = "cut off"
-
-func startFakeRedis(t testing.TB, answer func(command []string) string) *fakeRedis {
-	t.Helper()
-	f := &fakeRedis{addr: "127.0.0.1:0", answer: answer}
-	f.listen(t)
-	t.Cleanup(func() { f.listener.Close() })
-	return f
-}
-
-// listen takes connections, at the address of before when it is called again.
-func (f *fakeRedis) listen(t testing.TB) {
-	t.Helper()
-	l, err := net.Listen("tcp", f.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.listener = l
-	f.addr = l.Addr().String()
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			f.locked(func() { f.dialed++; f.open++ })
-			go f.serve(conn)
-		}
-	}()
-}
-
-func (f *fakeRedis) url() string { return "redis://" + f.addr }
+const (
+	cutOff     = "cut off"
+	readNoMore = "read no more"
+)
 
 func (f *fakeRedis) locked(do func()) {
 	f.mu.Lock()
@@ -3604,19 +3575,15 @@ func (f *fakeRedis) locked(do func()) {
 	do()
 }
 
-func (f *fakeRedis) serve(conn net.Conn) {
+// serve answers until the connection, or ctx, ends.
+func (f *fakeRedis) serve(ctx context.Context, conn net.Conn) {
 	defer f.locked(func() { f.open-- })
 	defer conn.Close()
 	in := bufio.NewReader(conn)
 	for proven := false; ; {
-		text, err := readReply(in) // a command has the form of one
+		_, command, err := readRESP(in)
 		if err != nil {
 			return
-		}
-		var command []string
-		lines := strings.Split(string(text), "\r\n")
-		for i := 2; i < len(lines); i += 2 {
-			command = append(command, lines[i])
 		}
 		var reply string
 		f.locked(func() {
@@ -3629,7 +3596,11 @@ func (f *fakeRedis) serve(conn net.Conn) {
 				reply = plainReply(command)
 			}
 		})
-		if reply == cutOff {
+		switch reply {
+		case cutOff:
+			return
+		case readNoMore:
+			<-ctx.Done()
 			return
 		}
 		io.WriteString(conn, reply)
@@ -3678,6 +3649,61 @@ func plainReply(command []string) string {
 		return "*1\r\n$6\r\nmaster\r\n"
 	}
 	return "-ERR unknown command\r\n"
+}
+
+// virtualSessions are sessions in virtual time, in the fakes that find returns by address.
+func virtualSessions(
+	t testing.TB, url string, find func(ctx context.Context, addr string) (*fakeRedis, error),
+) *redisSessions {
+	t.Helper()
+	target, err := parseRedisURL(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var served sync.WaitGroup
+	dial := func(ctx context.Context, _, addr string) (net.Conn, error) {
+		redis, err := find(ctx, addr)
+		if err := cmp.Or(err, ctx.Err()); err != nil {
+			return nil, err
+		}
+		client, server := net.Pipe()
+		redis.locked(func() { redis.dialed++; redis.open++ })
+		served.Go(func() { redis.serve(t.Context(), server) })
+		return client, nil
+	}
+	s := &redisSessions{newRouter(&redisDialer{target, dial}, slog.New(slog.DiscardHandler))}
+	t.Cleanup(func() {
+		s.Close()
+		served.Wait()
+	})
+	return s
+}
+
+// fakeNodes are fakes by address. A dial to any other address hangs.
+type fakeNodes map[string]*fakeRedis
+
+func (nodes fakeNodes) find(ctx context.Context, addr string) (*fakeRedis, error) {
+	if f := nodes[addr]; f != nil {
+		return f, nil
+	}
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// fakeSessions are sessions in one fake.
+func fakeSessions(t testing.TB, answer func(command []string) string) (*redisSessions, *fakeRedis) {
+	t.Helper()
+	f := &fakeRedis{answer: answer}
+	return virtualSessions(t, "redis://h", fakeNodes{"h:6379": f}.find), f
+}
+
+// inVirtualTime runs a subtest in a bubble of testing/synctest, where nobody waits for time to pass.
+func inVirtualTime(t *testing.T, name string, test func(t *testing.T)) {
+	t.Helper()
+	t.Run(name, func(t *testing.T) {
+		t.Parallel()
+		synctest.Test(t, test)
+	})
 }
 
 // wantOwn looks a session up that plainReply has.
@@ -3742,18 +3768,16 @@ func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
 		{name: "a reply too few", at: "HGETALL", reply: "", then: silent},
 		{name: "silence", call: "Create", at: "ECHO", reply: "", then: silent},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
+		inVirtualTime(t, tt.name, func(t *testing.T) {
 			id := newUUID()
 			struck := tt.at != ""
-			f := startFakeRedis(t, func(command []string) string {
+			store, f := fakeSessions(t, func(command []string) string {
 				others := command[0] == "HGETALL" && command[1] != sessionKey(id)
 				if struck && command[0] == tt.at && !others {
 					return tt.reply
 				}
 				return plainReply(command)
 			})
-			store := openRedisSessions(t, f.url())
 			name := cmp.Or(tt.call, callOf[tt.at])
 			call := storeCalls[name]
 			want := tt.want
@@ -3799,60 +3823,57 @@ func TestOnlyProvenRepliesAreBelieved(t *testing.T) {
 }
 
 func TestNobodyWaitsForAnothersReply(t *testing.T) {
-	t.Parallel()
-	held := ""
-	lookups := 0
-	f := startFakeRedis(t, func(command []string) string { // answers only when both lookups have come
-		if command[0] == "HGETALL" {
-			lookups++
-		}
-		held += plainReply(command)
-		if lookups < 2 {
-			return ""
-		}
-		replies := held
-		held = ""
-		return replies
+	synctest.Test(t, func(t *testing.T) {
+		held := ""
+		lookups := 0
+		store, _ := fakeSessions(t, func(command []string) string { // answers when both lookups have come
+			if command[0] == "HGETALL" {
+				lookups++
+			}
+			held += plainReply(command)
+			if lookups < 2 {
+				return ""
+			}
+			replies := held
+			held = ""
+			return replies
+		})
+		var first sync.WaitGroup
+		first.Go(func() { wantOwn(t, store) })
+		synctest.Wait()
+		wantOwn(t, store)
+		first.Wait()
 	})
-	store := openRedisSessions(t, f.url())
-	var first sync.WaitGroup
-	first.Go(func() { wantOwn(t, store) })
-	eventually(t, 10*time.Second, "the first lookup is sent", func() bool { return f.seen("ECHO") == 1 })
-	wantOwn(t, store)
-	first.Wait()
 }
 
 func TestAReplyThatNobodyAskedForEndsTheConnection(t *testing.T) {
-	t.Parallel()
-	extra := ":1\r\n"
-	f := startFakeRedis(t, func(command []string) string {
-		reply := plainReply(command)
-		if command[0] == "ECHO" {
-			reply += extra // behind the proof of a flush, when nothing is in flight
-			extra = ""
+	synctest.Test(t, func(t *testing.T) {
+		extra := ":1\r\n"
+		store, f := fakeSessions(t, func(command []string) string {
+			reply := plainReply(command)
+			if command[0] == "ECHO" {
+				reply += extra // behind the proof of a flush, when nothing is in flight
+				extra = ""
+			}
+			return reply
+		})
+		wantOwn(t, store)
+		synctest.Wait()
+		if _, open := f.connections(); open > 0 {
+			t.Error("the connection has not ended")
 		}
-		return reply
+		wantOwn(t, store)
+		if dialed, _ := f.connections(); dialed != 2 {
+			t.Errorf("%d connections, want 2", dialed)
+		}
 	})
-	store := openRedisSessions(t, f.url())
-	wantOwn(t, store)
-	eventually(t, 10*time.Second, "the connection has ended", func() bool {
-		_, open := f.connections()
-		return open == 0
-	})
-	wantOwn(t, store)
-	if n, _ := f.connections(); n != 2 {
-		t.Errorf("%d connections, want 2", n)
-	}
 }
 
 func TestCloseTellsWhatWaits(t *testing.T) {
-	t.Parallel()
 	for name, mute := range map[string]bool{"for replies": false, "for a connection": true} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			f := startFakeRedis(t, func([]string) string { return "" })
+		inVirtualTime(t, name, func(t *testing.T) {
+			store, f := fakeSessions(t, func([]string) string { return "" })
 			f.mute = mute
-			store := openRedisSessions(t, f.url())
 			var waiting sync.WaitGroup
 			for range 10 {
 				waiting.Go(func() {
@@ -3862,10 +3883,10 @@ func TestCloseTellsWhatWaits(t *testing.T) {
 					}
 				})
 			}
-			eventually(t, 10*time.Second, "the lookups wait", func() bool {
-				dialed, _ := f.connections()
-				return dialed == 1 && (mute || f.seen("HGETALL") == 10)
-			})
+			synctest.Wait()
+			if n := f.seen("HGETALL"); n == 0 != mute {
+				t.Errorf("%d lookups are sent", n)
+			}
 			store.Close()
 			waiting.Wait()
 			for what, call := range storeCalls {
@@ -3873,44 +3894,41 @@ func TestCloseTellsWhatWaits(t *testing.T) {
 					t.Errorf("%s after Close: %v, want errClosed", what, err)
 				}
 			}
-			eventually(t, 10*time.Second, "no connection is left", func() bool {
-				dialed, open := f.connections()
-				return dialed == 1 && open == 0
-			})
+			synctest.Wait()
+			if dialed, open := f.connections(); dialed != 1 || open > 0 {
+				t.Errorf("%d connections of %d are left, want none of 1", open, dialed)
+			}
 		})
 	}
 }
 
 func TestNothingThatTimedOutIsSentAgain(t *testing.T) {
-	t.Parallel()
-	f := startFakeRedis(t, func([]string) string { return "" })
-	store := openRedisSessions(t, f.url())
-	together(3, func(i int) {
-		time.Sleep(proofTimeout * time.Duration(i) / 4) // some have time left when the first has none
-		if err := storeCalls["Get"](store, newUUID()); !errors.Is(err, errUnavailable) {
-			t.Errorf("Get: %v, want errUnavailable", err)
+	synctest.Test(t, func(t *testing.T) {
+		store, f := fakeSessions(t, func([]string) string { return "" })
+		together(3, func(i int) {
+			time.Sleep(proofTimeout * time.Duration(i) / 4) // some have time left when the first has none
+			if err := storeCalls["Get"](store, newUUID()); !errors.Is(err, errUnavailable) {
+				t.Errorf("Get: %v, want errUnavailable", err)
+			}
+		})
+		if n := f.seen("HGETALL"); n != 3 {
+			t.Errorf("3 lookups were sent as %d", n)
 		}
 	})
-	if n := f.seen("HGETALL"); n != 3 {
-		t.Errorf("3 lookups were sent as %d", n)
-	}
 }
 
 func TestARedisThatReadsNothingHoldsNobodyUp(t *testing.T) {
-	t.Parallel()
-	deaf := startFakeRedis(t, func([]string) string {
-		<-t.Context().Done()
-		return cutOff
-	})
-	large := testUser(1)
-	large.Name = strings.Repeat("x", 16<<20) // more than the kernel takes
-	store := openRedisSessions(t, deaf.url())
-	together(2, func(int) {
-		began := time.Now()
-		err := store.Create(t.Context(), newUUID(), large, time.Hour)
-		if took := time.Since(began); !errors.Is(err, errUnavailable) || took > 3*time.Second {
-			t.Errorf("Create: %v after %v, want errUnavailable within 3 s", err, took)
-		}
+	synctest.Test(t, func(t *testing.T) {
+		store, _ := fakeSessions(t, func([]string) string { return readNoMore })
+		large := testUser(1)
+		large.Name = strings.Repeat("x", 1<<20) // more than the fake has read
+		together(2, func(int) {
+			began := time.Now()
+			err := store.Create(t.Context(), newUUID(), large, time.Hour)
+			if took := time.Since(began); !errors.Is(err, errUnavailable) || took > 3*time.Second {
+				t.Errorf("Create: %v after %v, want errUnavailable within 3 s", err, took)
+			}
+		})
 	})
 }
 
@@ -3951,40 +3969,6 @@ func TestRedisURLs(t *testing.T) {
 
 // ---------------------------------------------------------------------------------------------------
 // session.go: connecting.
-
-// virtualSessions are sessions in virtual time, in the fakes that find knows by address.
-func virtualSessions(
-	t *testing.T, url string, find func(ctx context.Context, addr string) (*fakeRedis, error),
-) *redisSessions {
-	t.Helper()
-	target, err := parseRedisURL(url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	dial := func(ctx context.Context, _, addr string) (net.Conn, error) {
-		redis, err := find(ctx, addr)
-		if err != nil {
-			return nil, err
-		}
-		client, server := net.Pipe()
-		go redis.serve(server)
-		return client, nil
-	}
-	s := &redisSessions{newRouter(&redisDialer{target, dial}, slog.New(slog.DiscardHandler))}
-	t.Cleanup(func() { s.Close() })
-	return s
-}
-
-// at returns a find that knows these addresses, and hangs at any other.
-func at(fakes map[string]*fakeRedis) func(ctx context.Context, addr string) (*fakeRedis, error) {
-	return func(ctx context.Context, addr string) (*fakeRedis, error) {
-		if f := fakes[addr]; f != nil {
-			return f, nil
-		}
-		<-ctx.Done()
-		return nil, ctx.Err()
-	}
-}
 
 func TestConnectingHasTimeOfItsOwn(t *testing.T) {
 	hang := func(ctx context.Context, _ int) error {
@@ -4076,8 +4060,7 @@ func testLeaving(t *testing.T, word string) {
 		return plainReply(command)
 	}}
 	second := &fakeRedis{answer: plainReply}
-	s := virtualSessions(t, "redis://first,second",
-		at(map[string]*fakeRedis{"first:6379": first, "second:6379": second}))
+	s := virtualSessions(t, "redis://first,second", fakeNodes{"first:6379": first, "second:6379": second}.find)
 	wantRefused := func() {
 		if err := s.Delete(t.Context(), newUUID()); !isRefusal(err, word) {
 			t.Errorf("DEL: %v, want %s", err, word)
@@ -4105,11 +4088,13 @@ func TestAPrimaryThatSentinelsHaveReplacedIsLeft(t *testing.T) {
 		}}
 		old, replica := &fakeRedis{answer: plainReply}, &fakeRedis{answer: plainReply}
 		s := virtualSessions(t, "redis-sentinel://s/primary",
-			at(map[string]*fakeRedis{"s:26379": sentinel, "old:1": old, "new:1": replica}))
+			fakeNodes{"s:26379": sentinel, "old:1": old, "new:1": replica}.find)
 		wantOwn(t, s)
 		time.Sleep(time.Minute)
 		wantOwn(t, s)
-		if _, open := old.connections(); old.seen("HGETALL") != 2 || s.metrics()["redis_retries_total"] > 0 || open > 1 {
+		synctest.Wait()
+		retries := s.metrics()["redis_retries_total"]
+		if _, open := old.connections(); old.seen("HGETALL") != 2 || retries > 0 || open != 1 {
 			t.Errorf("the primary that sentinels name was left, or has %d connections", open)
 		}
 		sentinel.locked(func() { named = "new" })
@@ -4129,13 +4114,12 @@ func TestAPrimaryThatSentinelsHaveReplacedIsLeft(t *testing.T) {
 func TestAnOverloadedRedisIsNotGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const rate, seconds = 1400, 10
-		f := &fakeRedis{answer: func(command []string) string {
+		s, _ := fakeSessions(t, func(command []string) string {
 			if command[0] == "HGETALL" {
 				time.Sleep(time.Second / rate)
 			}
 			return plainReply(command)
-		}}
-		s := virtualSessions(t, "redis://h", at(map[string]*fakeRedis{"h:6379": f}))
+		})
 		end := time.Now().Add(seconds * time.Second)
 		var answered atomic.Int64
 		together(3000, func(int) {
@@ -4158,40 +4142,45 @@ func TestAnOverloadedRedisIsNotGivenUp(t *testing.T) {
 }
 
 func TestWhatCannotBeConnectedIsNamed(t *testing.T) {
-	t.Parallel()
-	says := func(reply string) string {
-		return startFakeRedis(t, func([]string) string { return reply }).addr
+	wantNamed := func(t *testing.T, s *redisSessions, addr, cause string) {
+		err := s.Ping(t.Context())
+		text := fmt.Sprint(err)
+		if !errors.Is(err, errUnavailable) || !strings.Contains(text, addr) || !strings.Contains(text, cause) {
+			t.Errorf("%v, want %s and %q", err, addr, cause)
+		}
 	}
-	silent := startFakeRedis(t, plainReply)
-	silent.mute = true
-	gone := "127.0.0.1:" + freePort()
-	for _, tt := range []struct{ login, addr, cause string }{
-		{"", gone, "connection refused"},
-		{"", "no-such-host.invalid:6379", "no such host"},
-		{"", silent.addr, "no connection stands yet"},
-		{":password@", says(cutOff), "AUTH: EOF"},
-		{":password@", says("-WRONGPASS no\r\n"), "WRONGPASS no"},
-		{":password@", says("HTTP/1.1 400 Bad Request\r\n\r\n"), "AUTH: redigo: unexpected response line"},
+	for addr, cause := range map[string]string{
+		"127.0.0.1:" + freePort():   "connection refused",
+		"no-such-host.invalid:6379": "no such host",
 	} {
-		t.Run(tt.cause, func(t *testing.T) {
-			t.Parallel()
-			err := openRedisSessions(t, "redis://"+tt.login+tt.addr).Ping(t.Context())
-			text := fmt.Sprint(err)
-			named := strings.Contains(text, tt.addr) && strings.Contains(text, tt.cause)
-			if !errors.Is(err, errUnavailable) || !named {
-				t.Errorf("%v, want %s and %q", err, tt.addr, tt.cause)
-			}
+		wantNamed(t, openRedisSessions(t, "redis://"+addr), addr, cause)
+	}
+	for login, tt := range map[string]struct{ cause, reply string }{
+		"":           {cause: "no connection stands yet"}, // to the ECHO
+		":password@": {cause: "no connection stands yet"},
+		":hangs-up@": {cause: "AUTH: EOF", reply: cutOff},
+		":wrong@":    {cause: "WRONGPASS no", reply: "-WRONGPASS no\r\n"},
+		":speaks-http@": {cause: "AUTH: redigo: unexpected response line",
+			reply: "HTTP/1.1 400 Bad Request\r\n\r\n"},
+	} {
+		inVirtualTime(t, login+tt.cause, func(t *testing.T) {
+			f := &fakeRedis{answer: func([]string) string { return tt.reply }, mute: true}
+			s := virtualSessions(t, "redis://"+login+"h", fakeNodes{"h:6379": f}.find)
+			wantNamed(t, s, "h:6379", tt.cause)
 		})
 	}
-	t.Run("the first of several is silent", func(t *testing.T) {
-		t.Parallel()
-		store := openRedisSessions(t, "redis://"+silent.addr+","+startFakeRedis(t, plainReply).addr)
+}
+
+func TestASilentServerIsPassedOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		silent, second := &fakeRedis{answer: plainReply, mute: true}, &fakeRedis{answer: plainReply}
+		s := virtualSessions(t, "redis://silent,second",
+			fakeNodes{"silent:6379": silent, "second:6379": second}.find)
 		began := time.Now()
-		eventually(t, 10*time.Second, "the second one answers", func() bool {
-			return store.Ping(t.Context()) == nil
-		})
-		if took := time.Since(began); took > 3*time.Second {
-			t.Errorf("answered after %v, want 3 s at most", took)
+		for s.Ping(t.Context()) != nil {
+			if took := time.Since(began); took > 3*time.Second {
+				t.Fatalf("no answer after %v, want one within 3 s", took)
+			}
 		}
 	})
 }
@@ -4199,29 +4188,28 @@ func TestWhatCannotBeConnectedIsNamed(t *testing.T) {
 // ---------------------------------------------------------------------------------------------------
 // session.go: a cluster.
 
-// fakeCluster starts nodes, each of which answers a command with the replies of its script, one by one, and
-// then with plainReply. In a reply #1 stands for the second node's address, SLOT for the key's slot.
-func fakeCluster(t testing.TB, key string, scripts ...map[string][]string) []*fakeRedis {
+// fakeCluster are sessions in a cluster of fakes. Each answers a command with the replies of its script, one by
+// one, and then with plainReply. In a reply #1 stands for the address of the second node, PORT1 for its port,
+// SLOT for the key's slot.
+func fakeCluster(t testing.TB, key string, scripts ...map[string][]string) (*redisSessions, []*fakeRedis) {
 	t.Helper()
-	nodes := make([]*fakeRedis, len(scripts))
-	var names []string
+	names := strings.NewReplacer("SLOT", strconv.Itoa(slotOf(key)), "#", "h:700", "PORT", "700")
+	var nodes []*fakeRedis
+	byAddr := fakeNodes{}
 	for i := range scripts {
 		left := maps.Clone(scripts[i])
-		nodes[i] = startFakeRedis(t, func(command []string) string {
+		node := &fakeRedis{answer: func(command []string) string {
 			replies := left[command[0]]
 			if len(replies) == 0 {
 				return plainReply(command)
 			}
 			left[command[0]] = replies[1:]
-			return strings.NewReplacer(names...).Replace(replies[0]) + "\r\n"
-		})
+			return names.Replace(replies[0]) + "\r\n"
+		}}
+		nodes = append(nodes, node)
+		byAddr["h:700"+strconv.Itoa(i)] = node
 	}
-	names = append(names, "SLOT", strconv.Itoa(slotOf(key)))
-	for i, node := range nodes {
-		host, port, _ := net.SplitHostPort(node.addr)
-		names = append(names, fmt.Sprintf("#%d", i), host+":"+port, fmt.Sprintf("PORT%d", i), port)
-	}
-	return nodes
+	return virtualSessions(t, "redis://h:7000", byAddr.find), nodes
 }
 
 // commands returns the names of those that were received, with a space behind each.
@@ -4276,11 +4264,9 @@ func TestRedirections(t *testing.T) {
 		{name: "no slots", call: "Delete", nodes: []script{{"DEL": {"-CLUSTERDOWN"}}},
 			want: errRefused, sent: "DD"},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
+		inVirtualTime(t, tt.name, func(t *testing.T) {
 			id := newUUID()
-			nodes := fakeCluster(t, sessionKey(id), tt.nodes...)
-			store := openRedisSessions(t, nodes[0].url())
+			store, nodes := fakeCluster(t, sessionKey(id), tt.nodes...)
 			call := storeCalls[cmp.Or(tt.call, "Get")]
 			if err := call(store, id); !errors.Is(err, tt.want) {
 				t.Errorf("%v, want %v", err, tt.want)
@@ -4329,14 +4315,13 @@ func TestALostNodeIsForgotten(t *testing.T) {
 			}
 			return plainReply(command)
 		}}
-		fakes := map[string]*fakeRedis{"entry:6379": {answer: moving}, "lost:1": lost,
-			"found:1": {answer: plainReply}}
-		s := virtualSessions(t, "redis://entry", at(fakes))
+		nodes := fakeNodes{"entry:6379": {answer: moving}, "lost:1": lost, "found:1": {answer: plainReply}}
+		s := virtualSessions(t, "redis://entry", nodes.find)
 		if user, err := s.Get(t.Context(), id); user.ID != sessionKey(id) || err != nil || lost.seen("HGETALL") != 1 {
 			t.Fatalf("Get: %v, %v, want the node's answer", user, err)
 		}
 		lost.locked(func() { lost.answer = func([]string) string { return cutOff } })
-		fakes["lost:1"] = other
+		nodes["lost:1"] = other
 		node = "found:1"
 		if user, err := s.Get(t.Context(), id); user.ID != sessionKey(id) || err != nil {
 			t.Errorf("Get: %v, %v, want the session", user, err)
@@ -4365,19 +4350,19 @@ func TestNodesThatLeftDelayNothing(t *testing.T) {
 			}
 			return plainReply(command)
 		}}
-		fakes := map[string]*fakeRedis{"entry:6379": entry}
+		nodes := fakeNodes{"entry:6379": entry}
 		node := &fakeRedis{answer: plainReply}
 		for i := range 8 {
-			fakes[fmt.Sprintf("node%d:1", i)] = node
+			nodes[fmt.Sprintf("node%d:1", i)] = node
 		}
-		s := virtualSessions(t, "redis://entry", at(fakes))
+		s := virtualSessions(t, "redis://entry", nodes.find)
 		for range 200 {
 			wantOwn(t, s)
 		}
 		node.locked(func() { node.answer = func([]string) string { return cutOff } })
 		moved = false
 		for i := range 8 {
-			delete(fakes, fmt.Sprintf("node%d:1", i))
+			delete(nodes, fmt.Sprintf("node%d:1", i))
 		}
 		if err := s.Ping(t.Context()); err != nil { // asks all nodes, too
 			t.Errorf("Ping: %v", err)
@@ -4393,48 +4378,45 @@ func TestNodesThatLeftDelayNothing(t *testing.T) {
 	})
 }
 
-// The race detector sees what is read into one lookup from two connections.
 func TestALookupThatMovesToAnotherConnectionIsReadFromThatAlone(t *testing.T) {
-	t.Parallel()
-	first, second := newUUID(), newUUID()
-	var node *fakeRedis
-	moved := func(id string) string {
-		return fmt.Sprintf("-MOVED %d %s\r\n", slotOf(sessionKey(id)), node.addr)
-	}
-	held := "" // the replies to the first lookup, until the second one has come
-	commands := 0
-	node = startFakeRedis(t, func(command []string) string {
-		switch commands++; commands {
-		case 1:
-			held = moved(first) // to itself, which ends the connection
-			return ""
-		case 2:
-			held += plainReply(command)
-			return ""
-		case 3:
-			return held + "*2\r\n$2\r\nid\r\n$44\r\nsession:"
-		case 4:
-			return ""
+	synctest.Test(t, func(t *testing.T) {
+		first, second := newUUID(), newUUID()
+		moved := func(id string) string { return fmt.Sprintf("-MOVED %d node:1\r\n", slotOf(sessionKey(id))) }
+		held := "" // the replies to the first lookup, until the second one has come
+		commands := 0
+		node := &fakeRedis{answer: func(command []string) string {
+			switch commands++; commands {
+			case 1:
+				held = moved(first) // to itself, which ends the connection
+				return ""
+			case 2:
+				held += plainReply(command)
+				return ""
+			case 3:
+				return held + "*2\r\n$2\r\nid\r\n$44\r\nsession:"
+			case 4:
+				return ""
+			}
+			return plainReply(command)
+		}}
+		entry := &fakeRedis{answer: func(command []string) string {
+			if id, isSession := strings.CutPrefix(command[1], sessionKey("")); isSession {
+				return moved(id)
+			}
+			return plainReply(command)
+		}}
+		store := virtualSessions(t, "redis://entry", fakeNodes{"entry:6379": entry, "node:1": node}.find)
+		lookUp := func(id string) {
+			if user, err := store.Get(t.Context(), id); err != nil || user.ID != sessionKey(id) {
+				t.Errorf("Get %s: %v, %v", id, user, err)
+			}
 		}
-		return plainReply(command)
+		var lookups sync.WaitGroup
+		lookups.Go(func() { lookUp(first) })
+		synctest.Wait()
+		lookups.Go(func() { lookUp(second) })
+		lookups.Wait()
 	})
-	entry := startFakeRedis(t, func(command []string) string {
-		if id, isSession := strings.CutPrefix(command[1], sessionKey("")); isSession {
-			return moved(id)
-		}
-		return plainReply(command)
-	})
-	store := openRedisSessions(t, entry.url())
-	lookUp := func(id string) {
-		if user, err := store.Get(t.Context(), id); err != nil || user.ID != sessionKey(id) {
-			t.Errorf("Get %s: %v, %v", id, user, err)
-		}
-	}
-	var lookups sync.WaitGroup
-	lookups.Go(func() { lookUp(first) })
-	eventually(t, 10*time.Second, "the first lookup is sent", func() bool { return node.seen("ECHO") == 1 })
-	lookups.Go(func() { lookUp(second) })
-	lookups.Wait()
 }
 
 // redisCluster is a real one: three primaries, which share the slots, and perhaps a replica of each.
@@ -5688,32 +5670,35 @@ func wantEnds(t testing.TB, url string) {
 	})
 }
 
-// A sign-in has several operations, and the last can fail after the others took their time.
 func TestASignInIsAnsweredInTimeWhenTheOldSessionCannotBeEnded(t *testing.T) {
-	t.Parallel()
-	slow := false
-	f := startFakeRedis(t, func(command []string) string {
-		switch {
-		case command[0] == "HGETALL":
-			slow = true
-			return cutOff
-		case slow && command[0] == "DEL":
-			return ""
-		case slow && (command[0] == "AUTH" || command[0] == "EXEC"):
-			time.Sleep(proofTimeout * 4 / 5)
+	virtually(t, "slow to log in, slow to create", 1, func(s *insider) {
+		s.expectErrors()
+		s.addAccount(adaEmail, bcrypt.MinCost)
+		slow := false
+		f := &fakeRedis{answer: func(command []string) string {
+			switch {
+			case command[0] == "HGETALL":
+				slow = true
+				return cutOff
+			case slow && command[0] == "DEL":
+				return ""
+			case slow && (command[0] == "AUTH" || command[0] == "EXEC"):
+				time.Sleep(proofTimeout * 4 / 5)
+			}
+			return plainReply(command)
+		}}
+		sessions := virtualSessions(s, "redis://:password@h", fakeNodes{"h:6379": f}.find)
+		s.server = newServer(s.server.cfg, s.server.accounts, sessions, s.server.log)
+		lookup := s.request(s.Context(), oneAddr, "GET /user", "", "", cookie(newUUID()))
+		if lookup.status != 503 { // and the connection has ended
+			s.Errorf("GET /user: status %d, want 503", lookup.status)
 		}
-		return plainReply(command)
+		began := time.Now()
+		a := s.request(s.Context(), oneAddr, signInRoute, adaEmail, password, cookie(newUUID()))
+		if took := time.Since(began); a.status != 503 || took > 3*time.Second {
+			s.Errorf("%s: status %d after %v, want 503 within 3 s", signInRoute, a.status, took)
+		}
 	})
-	s := start(t, "REDIS_URL=redis://:password@"+f.addr)
-	s.expectErrors()
-	email := newEmail()
-	s.addAccount(email, bcrypt.MinCost)
-	s.want(503, newUUID()) // and the connection has ended
-	began := time.Now()
-	status := s.status("POST", "/user/signin", credentials(email, password), cookie(newUUID()))
-	if took := time.Since(began); status != 503 || took > 3*time.Second {
-		t.Errorf("POST /user/signin: status %d after %v, want 503 within 3 s", status, took)
-	}
 }
 
 func TestStartWithoutAWillingRedis(t *testing.T) {
@@ -6059,47 +6044,40 @@ func TestSentinelsNameThePrimary(t *testing.T) {
 }
 
 func TestASentinelThatKnowsLessIsPassedOver(t *testing.T) {
-	t.Parallel()
-	primary := func(addr string) string { // as a sentinel tells it
-		_, port, _ := net.SplitHostPort(addr)
-		return "*2\r\n" + bulkString("127.0.0.1") + bulkString(port)
-	}
-	says := func(role string) string {
-		f := startFakeRedis(t, func(command []string) string {
-			if command[0] == "ROLE" {
-				return role
-			}
-			return plainReply(command)
-		})
-		return primary(f.addr)
-	}
-	sentinel := func(reply string) string {
-		return startFakeRedis(t, func([]string) string { return reply }).addr
-	}
-	right := sentinel(says(plainReply([]string{"ROLE"})))
-	for name, reply := range map[string]string{
-		"has not heard of the failover":         says("*1\r\n$5\r\nslave\r\n"),
-		"names one that does not tell its role": says("-NOPERM\r\n"),
-		"names one that is away":                primary("127.0.0.1:" + freePort()),
-		"knows none of the name":                "*-1\r\n",
-		"refuses":                               "-NOAUTH\r\n",
-		"answers in another shape":              "*1\r\n$1\r\nx\r\n",
-		"says nothing":                          "",
+	const slave, refuses = "*1\r\n$5\r\nslave\r\n", "-NOPERM\r\n"
+	for _, tt := range []struct {
+		name string
+		says string // the sentinel; "": the address of a primary
+		role string // says that primary; "": it hangs up
+	}{
+		{name: "has not heard of the failover", role: slave},
+		{name: "names one that does not tell its role", role: refuses},
+		{name: "names one that hangs up"},
+		{name: "knows none of the name", says: "*-1\r\n"},
+		{name: "refuses", says: "-NOAUTH\r\n"},
+		{name: "answers in another shape", says: "*1\r\n$1\r\nx\r\n"},
+		{name: "says nothing", says: "nothing"},
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			behind := "redis-sentinel://" + sentinel(reply)
-			for url, want := range map[string]error{
-				behind + "/accounts":               errUnavailable,
-				behind + "," + right + "/accounts": nil,
-			} {
-				began := time.Now()
-				err := openRedisSessions(t, url).Ping(t.Context())
-				if took := time.Since(began); !errors.Is(err, want) || took > 3*time.Second {
-					t.Errorf("%s: %v after %v, want %v within 3 s", url, err, took, want)
+		for url, want := range map[string]error{"behind": errUnavailable, "behind,right": nil} {
+			inVirtualTime(t, tt.name+": "+url, func(t *testing.T) {
+				says := func(reply string) *fakeRedis {
+					return &fakeRedis{answer: func([]string) string { return reply }}
 				}
-			}
-		})
+				names := func(primary string) string { return "*2\r\n" + bulkString(primary) + bulkString("1") }
+				nodes := fakeNodes{
+					"behind:26379": says(strings.TrimPrefix(cmp.Or(tt.says, names("old")), "nothing")),
+					"right:26379":  says(names("new")),
+					"old:1":        says(cmp.Or(tt.role, cutOff)),
+					"new:1":        {answer: plainReply},
+				}
+				s := virtualSessions(t, "redis-sentinel://"+url+"/accounts", nodes.find)
+				began := time.Now()
+				err := s.Ping(t.Context())
+				if took := time.Since(began); !errors.Is(err, want) || took > 3*time.Second {
+					t.Errorf("%v after %v, want %v within 3 s", err, took, want)
+				}
+			})
+		}
 	}
 }
 
