@@ -168,10 +168,11 @@ func readConfig(env *environment) config {
 		dbPath: read(env, "DB_PATH", "users.db", parsePath,
 			"the account database, one SQLite file, created when missing"),
 		redis: read(env, "REDIS_URL", "", parseRedis,
-			"where sessions live, if not in the account database: "+redisURLForms),
+			"where sessions live, if not in the account database: "+redisURLForms+
+				"; ports default to 6379, of sentinels to 26379"),
 		server: serverConfig{
 			sessionTTL: read(env, "SESSION_TTL", "168h", parseTTL,
-				"life of a session, which use does not prolong, and of its cookie"),
+				"life of a session, which use does not prolong, and of its cookie, in whole seconds, such as 30m"),
 			bcryptCost: read(env, "BCRYPT_COST", "12", parseCost,
 				"10 to 15; weaker hashes are stored anew after the next sign-in"),
 			bcryptSlots: runtime.GOMAXPROCS(0), // one a core: tuneRuntime comes later
@@ -185,7 +186,7 @@ func readConfig(env *environment) config {
 		debugAddr: read(env, "DEBUG_ADDR", "", parseAddr,
 			"private address for /debug/vars and /debug/pprof/, such as 127.0.0.1:6060"),
 		stopDelay: read(env, "SHUTDOWN_DELAY", "0s", parseStopDelay,
-			"up to 60s, for which the service goes on after SIGTERM with /healthz at 503, "+
+			"how long, up to 60s, the service goes on after SIGTERM with /healthz at 503, "+
 				"so that a balancer leaves"),
 		logLevel: read(env, "LOG_LEVEL", "info", parseLogLevel,
 			"debug, info, warn, error; JSON lines on standard error"),

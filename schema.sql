@@ -1,4 +1,5 @@
--- The account database. Applied at each start; idempotent.
+-- The account database. Applied at each start; idempotent. Nothing here is newer than SQLite 3.31: people read
+-- the file with the sqlite3 of their distribution.
 
 -- The table and the index of the original program, to the letter, so that either program can use the other's
 -- file. The declared type DATETIME matters to Prisma: with another one it reads dates back as null.
@@ -26,6 +27,6 @@ CREATE TABLE IF NOT EXISTS sessions (
     created_at TEXT    NOT NULL,             -- of the user, UTC with milliseconds: 2025-03-30T20:00:00.000Z
     updated_at TEXT    NOT NULL,             -- of the user, in the same form
     expires_at INTEGER NOT NULL              -- end of the session, Unix milliseconds
-) STRICT, WITHOUT ROWID;
+) WITHOUT ROWID;
 
 CREATE INDEX IF NOT EXISTS sessions_expires_at ON sessions (expires_at); -- for the sweep

@@ -9,15 +9,16 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math"
 	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -28,28 +29,32 @@ import (
 var (
 	errUserNotFound = errors.New("no such user")
 	errEmailTaken   = errors.New("the email is registered already")
+	errOtherFile    = errors.New("another file is in its place")
 )
 
-// How long operations may take. SQLite waits for other processes' locks for 1.5 s of it (busy_timeout).
 const (
-	setUpTimeout  = 10 * time.Second
-	readerTimeout = time.Second             // the wait for a free reading connection
-	writeTimeout  = 2500 * time.Millisecond // a write, but for a commit that has begun
+	setUpTimeout  = 10 * time.Second // for other programs' locks at the start
+	turnTimeout   = time.Second      // for a connection; then SQLite waits busy_timeout for other programs
+	watchInterval = 100 * time.Millisecond
 )
 
 //go:embed schema.sql
 var schema string
 
 // database is the SQLite file. The original program may use the same file at the same time.
+//
+// All connections are opened at the start and never again: one that was opened after another file had taken
+// the path would read that file through the write-ahead log of the first. So no statement is bound to a
+// context. The driver gives up a connection that a context interrupted, and the pool would open another.
 type database struct {
-	path     string
-	opened   []openedFile  // the file, and its write-ahead log
-	writer   *sql.DB       // one connection, as SQLite allows one writer
-	reader   *sql.DB       // several, which in WAL mode never wait for the writer
-	reading  chan struct{} // an element for each read in progress
-	abandon  sync.Once
-	lookedAt atomic.Int64          // when readSession last looked, Unix milliseconds
-	gone     atomic.Pointer[error] // set once the file is not the one that was opened
+	name    string                // the file and its pragmas, for the driver
+	files   []watchedFile         // the file, the link to it that was configured, if any, its -wal and its -shm
+	writer  *sql.DB               // one connection, as SQLite allows one writer
+	reader  *sql.DB               // several, which in WAL mode never wait for the writer
+	writing chan struct{}         // holds an element for each write in progress
+	reading chan struct{}         // holds an element for each read in progress
+	closed  chan struct{}         // closed by Close
+	gone    atomic.Pointer[error] // set once a file is not the one that was opened
 
 	userByEmail      *sql.Stmt
 	usersByEmailCase *sql.Stmt
@@ -63,79 +68,99 @@ type database struct {
 	sweepSessions    *sql.Stmt
 }
 
-// openDatabase opens the file at path and applies the schema. A missing file is created, readable to its
-// owner only. A file whose tables are another program's is left as it was, and the error names the table.
-// When ctx ends, so does the wait for other programs' locks.
-func openDatabase(ctx context.Context, path string) (*database, error) {
-	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, explain(path, err)
-	}
-	info, err := file.Stat()
-	file.Close()
-	if err != nil {
-		return nil, err
-	}
-	target, err := filepath.EvalSymlinks(path) // the log stands beside it
-	if err != nil {
-		return nil, err
-	}
-	// The pragmas stand in the name so that every connection of a pool has them. synchronous(FULL): what
-	// was committed must outlive a power cut. temp_store(MEMORY): a scratch image has no /tmp. _dqs=0: a
-	// column that is missing must not be taken for a string.
-	escaped := (&url.URL{Path: filepath.ToSlash(filepath.Clean(path))}).EscapedPath()
-	name := "file:" + escaped + "?_pragma=synchronous(FULL)&_pragma=foreign_keys(1)" +
-		"&_pragma=temp_store(MEMORY)&_txlock=immediate&_dqs=0"
-	defer holdLog(target+"-wal", name)()
-	if err := setUp(ctx, name); err != nil {
-		return nil, explain(target, err)
-	}
-	db := &database{path: path, reading: make(chan struct{}, runtime.NumCPU()+1)}
-	db.opened = []openedFile{{path, info}}
-	name += "&_pragma=busy_timeout(1500)"
-	if db.writer, err = openPool(name, 1); err != nil {
-		return nil, err
-	}
-	if db.reader, err = openPool(name+"&_query_only=1", cap(db.reading)); err != nil {
-		db.writer.Close()
-		return nil, err
-	}
-	if err := db.open(target + "-wal"); err != nil {
-		db.Close()
-		return nil, explain(target, err)
-	}
-	return db, nil
-}
-
-// openedFile is a file as it was when it was opened.
-type openedFile struct {
+// watchedFile is a file as it was when it was opened.
+type watchedFile struct {
 	path string
 	info os.FileInfo
 }
 
-// open opens all connections and prepares all statements. One that was opened later, when another file stands
-// at the path, would read that file through the write-ahead log of the first.
-func (db *database) open(log string) error {
-	if err := db.prepare(); err != nil {
-		return err
+// compare returns an error if the path no longer names the file that was opened: errOtherFile if it names
+// another one.
+func (f watchedFile) compare() error {
+	info, err := os.Stat(f.path)
+	if err == nil && !os.SameFile(info, f.info) {
+		return errOtherFile
 	}
-	info, err := os.Stat(log)
+	return err
+}
+
+// openDatabase opens the file at path and applies the schema. A missing file is created, readable to its
+// owner only. A file whose tables are another program's is left as it was, and the error names the table.
+// When ctx ends, so does the wait for other programs' locks.
+func openDatabase(ctx context.Context, path string) (*database, error) {
+	readers := runtime.NumCPU() + 1
+	db := &database{
+		writing: make(chan struct{}, 1),
+		reading: make(chan struct{}, readers),
+		closed:  make(chan struct{}),
+	}
+	inWAL, err := db.createFile(path)
 	if err != nil {
+		return nil, explain(path, err)
+	}
+	target := db.files[0].path
+	if err := db.openPools(target, readers); err != nil {
+		return nil, err
+	}
+	if err := db.setUp(ctx, inWAL); err != nil {
+		db.Close()
+		return nil, explain(target, err)
+	}
+	go db.watch()
+	return db, nil
+}
+
+// createFile creates the file if it is missing, and returns whether it is in WAL mode. It refuses one that is
+// not, but stands beside a write-ahead log with something in it. Such a file was moved there after a crash,
+// or the log's own file was moved away. SQLite would play the log into the one, and delete it beside the
+// other.
+func (db *database) createFile(path string) (inWAL bool, err error) {
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return false, err
+	}
+	defer file.Close() // before SQLite opens the file, whose locks this would release
+	info, err := file.Stat()
+	if err != nil {
+		return false, err
+	}
+	target, err := filepath.EvalSymlinks(path) // the log is beside it
+	if err != nil {
+		return false, err
+	}
+	db.files = []watchedFile{{target, info}, {path, info}}
+	log := target + "-wal"
+	logInfo, logErr := os.Stat(log) // before the header is read: whoever switches to WAL writes that first
+	inWAL, err = readJournalMode(file)
+	if err == nil && !inWAL && logErr == nil && logInfo.Size() > 0 {
+		err = fmt.Errorf("the write-ahead log %q belongs to another file: it has to be removed, with %q",
+			log, target+"-shm")
+	}
+	return inWAL, err
+}
+
+// readJournalMode reads the header (https://www.sqlite.org/fileformat.html, section 1.3). A new file has
+// none.
+func readJournalMode(file io.ReaderAt) (inWAL bool, err error) {
+	var versions [2]byte // of who may write and read the file; 1: rollback journal, 2: write-ahead log
+	if _, err := file.ReadAt(versions[:], 18); err != nil && err != io.EOF {
+		return false, err
+	}
+	return versions == [2]byte{2, 2}, nil
+}
+
+// openPools makes the pools, which connect later. The pragmas are in the name so that every connection has
+// them. synchronous(FULL): what was committed must outlive a power cut. temp_store(MEMORY): a scratch image
+// has no /tmp. _dqs=0: a column that is missing must not be taken for a string.
+func (db *database) openPools(target string, readers int) (err error) {
+	escaped := (&url.URL{Path: filepath.ToSlash(filepath.Clean(target))}).EscapedPath()
+	db.name = "file:" + escaped + "?_pragma=busy_timeout(1500)&_pragma=synchronous(FULL)" +
+		"&_pragma=foreign_keys(1)&_pragma=temp_store(MEMORY)&_txlock=immediate&_dqs=0"
+	if db.writer, err = openPool(db.name, 1); err != nil {
 		return err
 	}
-	db.opened = append(db.opened, openedFile{log, info})
-	for range cap(db.reading) {
-		conn, err := db.reader.Conn(context.Background())
-		if err != nil {
-			return err
-		}
-		defer conn.Close()
-		row := conn.QueryRowContext(context.Background(), anyUser) // opens the log
-		if err := row.Scan(new(bool)); err != nil {
-			return err
-		}
-	}
-	return db.outcome("opening", nil)
+	db.reader, err = openPool(db.name+"&_query_only=1", readers)
+	return err
 }
 
 // openPool returns a pool that keeps its connections, once they are open.
@@ -149,63 +174,39 @@ func openPool(name string, connections int) (*sql.DB, error) {
 	return pool, nil
 }
 
-// holdLog keeps the write-ahead log of a file that is not ours as it is. The last connection to close folds
-// the log into the file, unless it is one that cannot write. So such a one stays open until release.
-func holdLog(log, name string) (release func()) {
-	if _, err := os.Stat(log); err != nil {
-		return func() {}
-	}
-	db, err := sql.Open("sqlite", name+"&mode=ro")
-	if err != nil {
-		return func() {}
-	}
-	db.Exec(`SELECT count(*) FROM sqlite_schema`) // opens the log; an error recurs in setUp
-	return func() { db.Close() }
-}
-
-// explain adds to an error that the file's folder cannot be written, if so. SQLite says no more than "unable
-// to open database file".
-func explain(path string, err error) error {
-	folder := filepath.Dir(path)
-	probe, probeErr := os.CreateTemp(folder, "")
-	if probeErr == nil {
-		probe.Close()
-		os.Remove(probe.Name())
-	}
-	if probeErr == nil || errors.Is(probeErr, fs.ErrNotExist) {
-		return err
-	}
-	return fmt.Errorf("%w; the folder %q must be writable, for files beside it that end in -wal and -shm: %w",
-		err, folder, probeErr)
-}
-
-// setUp applies the schema and switches to a write-ahead log, when no other process holds a lock. Its own
-// connection waits for locks for short times, to look at ctx in between.
-func setUp(ctx context.Context, name string) error {
-	db, err := openPool(name+"&_pragma=busy_timeout(100)", 1)
+// setUp brings the file into shape and opens all connections.
+func (db *database) setUp(ctx context.Context, inWAL bool) error {
+	err := whenFree(ctx, func() error { return db.transact(applySchema) })
 	if err != nil {
 		return err
 	}
-	defer db.Close()
-	if err := whenFree(ctx, func() error { return applySchema(db) }); err != nil {
-		return err
-	}
-	err = whenFree(ctx, func() error { // SQLite does not wait here by itself
-		_, err := db.Exec(`PRAGMA journal_mode(WAL)`)
-		return err
-	})
-	if err != nil {
+	if err := db.switchToWAL(ctx, inWAL); err != nil {
 		return fmt.Errorf("switching to a write-ahead log: %w", err)
 	}
-	return nil
+	if err := db.prepare(); err != nil {
+		return err
+	}
+	if err := db.openReaders(); err != nil {
+		return fmt.Errorf("opening connections: %w", err)
+	}
+	for _, suffix := range []string{"-wal", "-shm"} {
+		path := db.files[0].path + suffix
+		info, _ := os.Stat(path) // nil, if it is gone already
+		db.files = append(db.files, watchedFile{path, info})
+	}
+	if err := db.compareFiles(); err != nil {
+		return err
+	}
+	// What a crash left in the log goes into the file, unless another program is reading the log.
+	_, err = db.writer.Exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
+	return err
 }
 
 // whenFree repeats what other processes' locks keep from being done.
 func whenFree(ctx context.Context, do func() error) error {
 	for deadline := time.Now().Add(setUpTimeout); ; time.Sleep(20 * time.Millisecond) {
 		err := do()
-		e, ok := errors.AsType[*sqlite.Error](err)
-		if !ok || e.Code()&0xff != sqlite3.SQLITE_BUSY || time.Now().After(deadline) {
+		if sqliteCode(err)&0xff != sqlite3.SQLITE_BUSY || time.Now().After(deadline) {
 			return err
 		}
 		if ctx.Err() != nil {
@@ -214,15 +215,14 @@ func whenFree(ctx context.Context, do func() error) error {
 	}
 }
 
-// applySchema applies the schema and tries it out with an account and a session, in one transaction. What
-// does not take them is another program's, and stays as it was.
-func applySchema(db *sql.DB) error {
-	tx, err := db.Begin()
+// applySchema applies the schema and tries it out with an account and a session. What does not take them is
+// another program's.
+func applySchema(tx *sql.Tx) error {
+	script, err := schemaFor(tx)
 	if err != nil {
 		return err
 	}
-	defer tx.Rollback()
-	if _, err := tx.Exec(schema); err != nil {
+	if _, err := tx.Exec(script); err != nil {
 		return setUpError("applying the schema to the tables users and sessions", err)
 	}
 	if _, err := tx.Exec(`SAVEPOINT trial`); err != nil {
@@ -235,21 +235,84 @@ func applySchema(db *sql.DB) error {
 	if _, err := tx.Exec(insertSession, hashID(id), id, "trial", id, "", "", 0); err != nil {
 		return setUpError("adding a trial session to the table sessions", err)
 	}
-	if _, err := tx.Exec(`ROLLBACK TO trial`); err != nil {
-		return err
+	_, err = tx.Exec(`ROLLBACK TO trial`)
+	return err
+}
+
+// schemaFor returns the schema, and for a file of an earlier version also what copies its sessions to a table
+// that is not STRICT: SQLite before 3.37 reads no file that has a STRICT one.
+func schemaFor(tx *sql.Tx) (script string, err error) {
+	var strict bool
+	row := tx.QueryRow(`SELECT EXISTS (SELECT 1 FROM pragma_table_list
+		WHERE schema = 'main' AND name = 'sessions' AND strict)`)
+	if err := row.Scan(&strict); err != nil || !strict {
+		return schema, err
 	}
-	return tx.Commit()
+	return `ALTER TABLE sessions RENAME TO strict_sessions;
+		DROP INDEX IF EXISTS sessions_expires_at;` + schema + `
+		INSERT INTO sessions SELECT * FROM strict_sessions;
+		DROP TABLE strict_sessions;`, nil
 }
 
 // setUpError says that the file is another program's if its tables are the trouble, and not a full disk.
 func setUpError(doing string, err error) error {
-	if e, ok := errors.AsType[*sqlite.Error](err); ok {
-		switch e.Code() & 0xff {
-		case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH:
-			return fmt.Errorf("%s: the file is another program's: %w", doing, err)
-		}
+	switch sqliteCode(err) & 0xff {
+	case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH:
+		return fmt.Errorf("%s: the file is another program's: %w", doing, err)
 	}
 	return fmt.Errorf("%s: %w", doing, err)
+}
+
+// switchToWAL switches to a write-ahead log and proves with a read that it works: it needs shared memory,
+// which some file systems do not have. There a file that was not in WAL mode before goes back to a rollback
+// journal, so that the original can still open it.
+func (db *database) switchToWAL(ctx context.Context, inWAL bool) error {
+	err := whenFree(ctx, func() error {
+		if _, err := db.writer.Exec(`PRAGMA journal_mode(WAL)`); err != nil { // SQLite does not wait here
+			return err
+		}
+		return db.writer.QueryRow(anyUser).Scan(new(bool))
+	})
+	if !inWAL && lacksSharedMemory(err) {
+		if backErr := db.leaveWAL(); backErr != nil {
+			return fmt.Errorf("%w; going back to a rollback journal: %w", err, backErr)
+		}
+	}
+	return err
+}
+
+// leaveWAL switches to a rollback journal. A connection in exclusive locking mode needs no shared memory.
+func (db *database) leaveWAL() error {
+	db.writer.Close()
+	pool, err := openPool(db.name+"&_pragma=locking_mode(EXCLUSIVE)", 1)
+	if err != nil {
+		return err
+	}
+	defer pool.Close()
+	return whenFree(context.Background(), func() error {
+		_, err := pool.Exec(`PRAGMA journal_mode(DELETE)`)
+		return err
+	})
+}
+
+func lacksSharedMemory(err error) bool {
+	return slices.Contains([]int{sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMSIZE,
+		sqlite3.SQLITE_IOERR_SHMLOCK, sqlite3.SQLITE_IOERR_SHMMAP}, sqliteCode(err))
+}
+
+// explain adds to an error of the start what SQLite's words do not say.
+func explain(path string, err error) error {
+	folder := filepath.Dir(path)
+	code := sqliteCode(err) & 0xff
+	switch {
+	case lacksSharedMemory(err):
+		return fmt.Errorf("%w; the file system of the folder %q has no shared memory, which a write-ahead "+
+			"log needs: keep the file on another one", err, folder)
+	case code == sqlite3.SQLITE_CANTOPEN, code == sqlite3.SQLITE_READONLY, errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%w; the file and the folder %q must be writable, for files beside it that end "+
+			"in -wal and -shm", err, folder)
+	}
+	return err
 }
 
 const (
@@ -264,15 +327,18 @@ const (
 		VALUES (?, ?, ?, ?, ?, ?, ?)`
 )
 
-func (db *database) prepare() error {
+// statement is one that is prepared at the start.
+type statement struct {
+	prepared **sql.Stmt
+	pool     *sql.DB
+	query    string
+}
+
+func (db *database) statements() []statement {
 	// A date that is NULL or cannot be read keeps nobody out (userTimes); a password that is NULL is no hash.
 	const user = `SELECT id, COALESCE(name, ''), email, COALESCE(CAST(createdAt AS TEXT), ''),
 		COALESCE(CAST(updateAt AS TEXT), ''), COALESCE(password, '') FROM users `
-	for _, p := range []struct {
-		stmt  **sql.Stmt
-		pool  *sql.DB
-		query string
-	}{
+	return []statement{
 		{&db.userByEmail, db.reader, user + `WHERE email = ?`},
 		{&db.usersByEmailCase, db.reader, user + `WHERE email = ? COLLATE NOCASE LIMIT 2`},
 		{&db.anyUser, db.reader, anyUser},
@@ -285,40 +351,117 @@ func (db *database) prepare() error {
 		{&db.deleteSession, db.writer, `DELETE FROM sessions WHERE id_hash = ? AND expires_at > ?`},
 		{&db.sweepSessions, db.writer, `DELETE FROM sessions WHERE id_hash IN
 			(SELECT id_hash FROM sessions WHERE expires_at <= ? LIMIT 100)`},
-	} {
+	}
+}
+
+func (db *database) prepare() error {
+	for _, s := range db.statements() {
 		var err error
-		if *p.stmt, err = p.pool.Prepare(p.query); err != nil {
-			return fmt.Errorf("preparing %s: %w", p.query, err)
+		if *s.prepared, err = s.pool.Prepare(s.query); err != nil {
+			return fmt.Errorf("preparing %s: %w", s.query, err)
 		}
 	}
 	return nil
 }
 
-// Close closes the connections, the writer last: it folds the write-ahead log into the file.
+// openReaders opens all reading connections. The first read of each opens the log.
+func (db *database) openReaders() error {
+	for range cap(db.reading) {
+		conn, err := db.reader.Conn(context.Background())
+		if err != nil {
+			return err
+		}
+		defer conn.Close() // it stays in the pool
+		row := conn.QueryRowContext(context.Background(), anyUser)
+		if err := row.Scan(new(bool)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// watch compares the files until Close. Lookups rely on it, and do not compare them.
+func (db *database) watch() {
+	ticker := time.NewTicker(watchInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+			db.compareFiles()
+		case <-db.closed:
+			return
+		}
+	}
+}
+
+// compareFiles returns an errUnavailable once a file is not the one that was opened, and from then on for
+// ever. SQLite would go on writing: into a file that nobody finds again, or past the locks of other programs.
+// So nothing is written, checkpointed or closed any more.
+func (db *database) compareFiles() error {
+	for _, file := range db.files {
+		if err := file.compare(); err != nil {
+			gone := fmt.Errorf("%w: the file %q was deleted or replaced: restart the service: %w",
+				errUnavailable, file.path, err)
+			db.gone.CompareAndSwap(nil, &gone)
+		}
+	}
+	gone := db.gone.Load()
+	if gone == nil {
+		return nil
+	}
+	if len(db.files) == 4 {
+		db.removeLog()
+	}
+	return *gone
+}
+
+// removeLog removes our log beside another file, and our shared memory beside another log or none: whoever
+// opened the file next would play the log into it, or take the shared memory for the index of its own log
+// (https://www.sqlite.org/howtocorrupt.html, section 1.4). A file that was only moved away keeps its log.
+func (db *database) removeLog() {
+	file, log, sharedMemory := db.files[0], db.files[2], db.files[3]
+	if errors.Is(file.compare(), errOtherFile) && log.compare() == nil {
+		os.Remove(log.path)
+	}
+	err := log.compare()
+	logIsGone := errors.Is(err, errOtherFile) || errors.Is(err, fs.ErrNotExist)
+	if logIsGone && sharedMemory.compare() == nil {
+		os.Remove(sharedMemory.path)
+	}
+}
+
+// Close closes the connections, the writer last, which checkpoints the log. It closes none once a file is not
+// the one that was opened: they end with the process.
 func (db *database) Close() error {
-	db.outcome("closing", nil) // SQLite does not fold the log of a file that is no longer at the path
+	close(db.closed)
+	if err := db.compareFiles(); err != nil {
+		return fmt.Errorf("closing: %w", err)
+	}
 	err := db.reader.Close()
 	return errors.Join(err, db.writer.Close())
 }
 
 // Ping returns nil when the users table can be read.
 func (db *database) Ping(ctx context.Context) error {
-	return db.read(ctx, "reading users", func() error {
-		return db.anyUser.QueryRow().Scan(new(bool))
-	})
+	return db.ping(ctx, "reading users", db.anyUser)
+}
+
+func (db *database) ping(ctx context.Context, doing string, query *sql.Stmt) error {
+	db.compareFiles()
+	return db.withReader(ctx, doing, func() error { return query.QueryRow().Scan(new(bool)) })
 }
 
 // InsertUser stores a new account with its email as in user. It returns errEmailTaken when an account has the
-// email as it was typed, or as in user, in any case of its ASCII letters.
+// email as it was typed, or trimmed, in any case of its ASCII letters.
 func (db *database) InsertUser(ctx context.Context, user User, typed, passwordHash string) error {
 	createdAt, err := time.Parse(timeFormat, user.CreatedAt)
 	if err != nil {
 		return fmt.Errorf("inserting user: %w", err)
 	}
-	return db.write(ctx, "inserting user", func(ctx context.Context, tx *sql.Tx) error {
+	return db.withWriter(ctx, "inserting user", func(tx *sql.Tx) error {
 		millis := createdAt.UnixMilli() // as Prisma writes it
-		result, err := tx.StmtContext(ctx, db.insertUser).
-			ExecContext(ctx, user.ID, user.Name, user.Email, millis, millis, passwordHash, typed)
+		result, err := tx.Stmt(db.insertUser).
+			Exec(user.ID, user.Name, user.Email, millis, millis, passwordHash, typed)
 		if err != nil {
 			return err
 		}
@@ -336,7 +479,7 @@ func (db *database) InsertUser(ctx context.Context, user User, typed, passwordHa
 func (db *database) UserByEmail(ctx context.Context, typed string) (User, string, error) {
 	var user User
 	var passwordHash string
-	err := db.read(ctx, "finding user by email", func() (err error) {
+	err := db.withReader(ctx, "finding user by email", func() (err error) {
 		for _, email := range []string{typed, strings.TrimSpace(typed)} {
 			user, passwordHash, err = scanUser(db.userByEmail.QueryRow(email))
 			if !errors.Is(err, sql.ErrNoRows) {
@@ -402,149 +545,111 @@ func parseColumnTime(text string) (string, bool) {
 
 // ReplacePasswordHash replaces oldHash by newHash. It does nothing if the stored hash has changed.
 func (db *database) ReplacePasswordHash(ctx context.Context, userID, oldHash, newHash string) error {
-	return db.write(ctx, "replacing password hash", func(ctx context.Context, tx *sql.Tx) error {
-		_, err := tx.StmtContext(ctx, db.replaceHash).ExecContext(ctx, newHash, userID, oldHash)
+	return db.withWriter(ctx, "replacing password hash", func(tx *sql.Tx) error {
+		_, err := tx.Stmt(db.replaceHash).Exec(newHash, userID, oldHash)
 		return err
 	})
 }
 
-// read makes a query, and looks whether the file is still the one that was opened.
-func (db *database) read(ctx context.Context, doing string, query func() error) error {
-	return db.outcome(doing, db.query(ctx, query))
+// withReader makes a query, when a reading connection is free.
+func (db *database) withReader(ctx context.Context, doing string, query func() error) error {
+	return db.translate(doing, db.inTurn(ctx, db.reading, query))
 }
 
-// readSession is read for lookups of sessions. A look at the files costs as much as the query, so it is taken
-// ten times a second.
-func (db *database) readSession(ctx context.Context, query func() error) error {
-	const doing = "looking a session up"
-	err := db.query(ctx, query)
-	now := time.Now().UnixMilli()
-	if db.gone.Load() == nil && now-db.lookedAt.Load() < 100 {
-		return storeError(doing, err)
+// withWriter makes a change in one transaction, when the writing connection is free.
+func (db *database) withWriter(ctx context.Context, doing string, change func(*sql.Tx) error) error {
+	return db.translate(doing, db.inTurn(ctx, db.writing, func() error { return db.transact(change) }))
+}
+
+// inTurn calls do once there is room among the turns.
+func (db *database) inTurn(ctx context.Context, turns chan struct{}, do func() error) error {
+	if !takeTurn(ctx, turns) {
+		return fmt.Errorf("%w: other requests are in the way", errRefused)
 	}
-	db.lookedAt.Store(now)
-	return db.outcome(doing, err)
+	defer func() { <-turns }()
+	if db.gone.Load() != nil {
+		return nil // translate returns the error
+	}
+	return do()
 }
 
-// query makes a query when a reading connection is free. It is not bound to ctx: the driver would start a
-// goroutine to watch it, and close the connection that it interrupts.
-func (db *database) query(ctx context.Context, query func() error) error {
+// takeTurn returns whether there was room among the turns before turnTimeout and ctx's deadline. A client
+// that hangs up does not end the wait: what it asked for is done.
+func takeTurn(ctx context.Context, turns chan<- struct{}) bool {
+	wait := turnTimeout
+	if deadline, ok := ctx.Deadline(); ok {
+		wait = min(wait, time.Until(deadline))
+	}
+	if wait <= 0 {
+		return false
+	}
 	select {
-	case db.reading <- struct{}{}:
+	case turns <- struct{}{}:
+		return true
 	default:
-		ctx, cancel := context.WithTimeout(ctx, readerTimeout)
-		defer cancel()
-		select {
-		case db.reading <- struct{}{}:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
 	}
-	defer func() { <-db.reading }()
-	return query()
+	select {
+	case turns <- struct{}{}:
+		return true
+	case <-time.After(wait):
+		return false
+	}
 }
 
-// change is the body of a write transaction.
-type change func(ctx context.Context, tx *sql.Tx) error
-
-// write makes a change in one transaction. A client that hangs up does not cancel it; ctx's
-// deadline does.
-func (db *database) write(ctx context.Context, doing string, do change) error {
-	deadline := time.Now().Add(writeTimeout)
-	if earlier, ok := ctx.Deadline(); ok && earlier.Before(deadline) {
-		deadline = earlier
-	}
-	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
-	defer cancel()
-	return db.outcome(doing, db.transact(ctx, do))
-}
-
-func (db *database) transact(ctx context.Context, do change) error {
-	tx, err := db.writer.BeginTx(ctx, nil)
-	if errors.Is(err, context.DeadlineExceeded) {
-		return fmt.Errorf("%w: other writes are in the way: %w", errRefused, err)
-	}
+// transact commits a change if the files are still ours. If they are not right after that, nobody may find
+// the change again.
+func (db *database) transact(change func(*sql.Tx) error) error {
+	tx, err := db.writer.Begin()
 	if err != nil {
 		return err
 	}
 	defer tx.Rollback()
-	if err := do(ctx, tx); err != nil {
+	if err := change(tx); err != nil {
 		return err
 	}
-	return tx.Commit()
+	if err := db.compareFiles(); err != nil {
+		return err
+	}
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	return db.compareFiles()
 }
 
-// outcome returns storeError(doing, err) if the file and its log are still the ones that were opened.
-// Otherwise it returns an errUnavailable, whatever err is: nobody finds again what went into the old ones. It
-// stands at the end of each operation, so that a file replaced meanwhile is noticed too.
-func (db *database) outcome(doing string, err error) error {
+// translate adds what failed, and maps the errors of SQLite to this program's: errEmailTaken; errRefused
+// where SQLite refused; errUnavailable where it could not read or write. Any other is a fault of this
+// program. Once a file is not the one that was opened, that is the error, whatever err is.
+func (db *database) translate(doing string, err error) error {
 	if gone := db.gone.Load(); gone != nil {
-		return fmt.Errorf("%s: %w", doing, *gone)
+		err = *gone
 	}
-	for _, file := range db.opened {
-		now, statErr := os.Stat(file.path)
-		switch {
-		case statErr == nil && os.SameFile(now, file.info):
-		case statErr == nil, errors.Is(statErr, fs.ErrNotExist):
-			db.abandon.Do(db.foldBack)
-			return fmt.Errorf("%s: %w", doing, *db.gone.Load())
-		default:
-			return fmt.Errorf("%s: %w: %w", doing, errUnavailable, statErr)
-		}
-	}
-	return storeError(doing, err)
-}
-
-// foldBack folds the write-ahead log into the file that was opened, closes all connections and notes the
-// error that says so. SQLite would leave the log where it is, and whoever next opens the file that now stands
-// at the path would play it into that one. (https://www.sqlite.org/howtocorrupt.html, section 1.4)
-func (db *database) foldBack() {
-	ctx, cancel := context.WithTimeout(context.Background(), writeTimeout)
-	defer cancel()
-	db.reader.Close()
-	_, err := db.writer.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`)
-	err = errors.Join(
-		fmt.Errorf("%w: the file at DB_PATH=%q, or its -wal, was deleted or replaced: restart the service",
-			errUnavailable, db.path), err, db.writer.Close())
-	db.gone.Store(&err)
-}
-
-// storeError adds what failed, and maps the errors of database/sql and SQLite to this program's:
-// errEmailTaken; errUnavailable where SQLite refused (errRefused), could not read or write, or was too slow.
-// Any other is a fault of this program. The codes are https://www.sqlite.org/rescode.html.
-func storeError(doing string, err error) error {
 	if err == nil {
 		return nil
 	}
-	e, isSQLite := errors.AsType[*sqlite.Error](err)
-	switch {
-	case isSQLite && e.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE:
-		err = errEmailTaken // users.email has the only such constraint
-	case isSQLite:
-		err = classify(e)
-	case errors.Is(err, errUnavailable):
-	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, sql.ErrTxDone):
-		// The transaction was rolled back at its deadline.
+	switch code := sqliteCode(err); code & 0xff { // https://www.sqlite.org/rescode.html
+	case sqlite3.SQLITE_OK: // no error of SQLite
+	case sqlite3.SQLITE_CONSTRAINT:
+		if code == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
+			err = errEmailTaken // users.email has the only such constraint
+		}
+	case sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE:
+	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY,
+		sqlite3.SQLITE_PERM:
+		err = fmt.Errorf("%w: %w", errRefused, err)
+	case sqlite3.SQLITE_ERROR: // all statements fitted the tables at the start
+		err = fmt.Errorf("%w: somebody changed the tables, restart the service: %w", errUnavailable, err)
+	default: // an input or output error, or a file that is no database
 		err = fmt.Errorf("%w: %w", errUnavailable, err)
 	}
 	return fmt.Errorf("%s: %w", doing, err)
 }
 
-// classify wraps an error of SQLite, by its primary code, as errRefused or errUnavailable, or returns it as
-// it is.
-func classify(err *sqlite.Error) error {
-	switch err.Code() & 0xff {
-	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY,
-		sqlite3.SQLITE_PERM:
-		return fmt.Errorf("%w: %w", errRefused, err)
-	case sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE:
-		return err
-	case sqlite3.SQLITE_ERROR:
-		// All statements fitted the tables at the start.
-		return fmt.Errorf("%w: somebody changed the tables, restart the service: %w", errUnavailable, err)
+// sqliteCode returns the extended result code of an error of SQLite, and SQLITE_OK of any other.
+func sqliteCode(err error) int {
+	if e, ok := errors.AsType[*sqlite.Error](err); ok {
+		return e.Code()
 	}
-	// An input or output error, a file that is gone or no database.
-	return fmt.Errorf("%w: %w", errUnavailable, err)
+	return sqlite3.SQLITE_OK
 }
 
 // sqliteSessions is the embedded session backend: rows beside the accounts, which outlive a restart.
@@ -555,11 +660,11 @@ type sqliteSessions struct {
 // Create sweeps a hundred expired sessions, too.
 func (s *sqliteSessions) Create(ctx context.Context, id string, user User, ttl time.Duration) error {
 	now := time.Now()
-	return s.db.write(ctx, "creating session", func(ctx context.Context, tx *sql.Tx) error {
-		if _, err := tx.StmtContext(ctx, s.db.sweepSessions).ExecContext(ctx, now.UnixMilli()); err != nil {
+	return s.db.withWriter(ctx, "creating session", func(tx *sql.Tx) error {
+		if _, err := tx.Stmt(s.db.sweepSessions).Exec(now.UnixMilli()); err != nil {
 			return err
 		}
-		_, err := tx.StmtContext(ctx, s.db.insertSession).ExecContext(ctx, hashID(id),
+		_, err := tx.Stmt(s.db.insertSession).Exec(hashID(id),
 			user.ID, user.Name, user.Email, user.CreatedAt, user.UpdatedAt, now.Add(ttl).UnixMilli())
 		return err
 	})
@@ -567,7 +672,7 @@ func (s *sqliteSessions) Create(ctx context.Context, id string, user User, ttl t
 
 func (s *sqliteSessions) Get(ctx context.Context, id string) (User, error) {
 	var user User
-	err := s.db.readSession(ctx, func() error {
+	err := s.db.withReader(ctx, "finding session", func() error {
 		row := s.db.sessionByHash.QueryRow(hashID(id), time.Now().UnixMilli())
 		err := row.Scan(&user.ID, &user.Name, &user.Email, &user.CreatedAt, &user.UpdatedAt)
 		if errors.Is(err, sql.ErrNoRows) {
@@ -579,9 +684,9 @@ func (s *sqliteSessions) Get(ctx context.Context, id string) (User, error) {
 }
 
 func (s *sqliteSessions) Delete(ctx context.Context, id string) error {
-	return s.db.write(ctx, "deleting session", func(ctx context.Context, tx *sql.Tx) error {
+	return s.db.withWriter(ctx, "deleting session", func(tx *sql.Tx) error {
 		now := time.Now().UnixMilli()
-		result, err := tx.StmtContext(ctx, s.db.deleteSession).ExecContext(ctx, hashID(id), now)
+		result, err := tx.Stmt(s.db.deleteSession).Exec(hashID(id), now)
 		if err != nil {
 			return err
 		}
@@ -595,9 +700,7 @@ func (s *sqliteSessions) Delete(ctx context.Context, id string) error {
 
 // Ping returns nil when the sessions table can be read.
 func (s *sqliteSessions) Ping(ctx context.Context) error {
-	return s.db.read(ctx, "reading sessions", func() error {
-		return s.db.anySession.QueryRow().Scan(new(bool))
-	})
+	return s.db.ping(ctx, "reading sessions", s.db.anySession)
 }
 
 // Close leaves the account database to whoever opened it.
