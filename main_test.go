@@ -3556,6 +3556,7 @@ var storeCalls = map[string]func(store SessionStore, id string) error{
 // answered apart from that.
 type fakeRedis struct {
 	answer func(command []string) string
+	delays map[string]time.Duration // of the answers to a command
 
 	mu       sync.Mutex
 	mute     bool // dials are not answered
@@ -3585,6 +3586,9 @@ func (f *fakeRedis) serve(ctx context.Context, conn net.Conn) {
 		if err != nil {
 			return
 		}
+		var delay time.Duration
+		f.locked(func() { delay = f.delays[command[0]] })
+		time.Sleep(delay) // while others are answered: in a bubble, who waits for a mutex stops the clock
 		var reply string
 		f.locked(func() {
 			switch {
@@ -4052,13 +4056,15 @@ func TestAServerThatIsNoneToAskIsLeft(t *testing.T) {
 }
 
 func testLeaving(t *testing.T, word string) {
-	first := &fakeRedis{answer: func(command []string) string {
-		if command[0] == "DEL" {
-			time.Sleep(10 * time.Millisecond)
-			return "-" + word + "\r\n"
-		}
-		return plainReply(command)
-	}}
+	first := &fakeRedis{
+		answer: func(command []string) string {
+			if command[0] == "DEL" {
+				return "-" + word + "\r\n"
+			}
+			return plainReply(command)
+		},
+		delays: map[string]time.Duration{"DEL": 10 * time.Millisecond},
+	}
 	second := &fakeRedis{answer: plainReply}
 	s := virtualSessions(t, "redis://first,second", fakeNodes{"first:6379": first, "second:6379": second}.find)
 	wantRefused := func() {
@@ -4114,12 +4120,8 @@ func TestAPrimaryThatSentinelsHaveReplacedIsLeft(t *testing.T) {
 func TestAnOverloadedRedisIsNotGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const rate, seconds = 1400, 10
-		s, _ := fakeSessions(t, func(command []string) string {
-			if command[0] == "HGETALL" {
-				time.Sleep(time.Second / rate)
-			}
-			return plainReply(command)
-		})
+		s, f := fakeSessions(t, plainReply)
+		f.delays = map[string]time.Duration{"HGETALL": time.Second / rate}
 		end := time.Now().Add(seconds * time.Second)
 		var answered atomic.Int64
 		together(3000, func(int) {
@@ -5724,16 +5726,12 @@ func TestASignInIsAnsweredInTimeWhenTheOldSessionCannotBeEnded(t *testing.T) {
 	virtually(t, "slow to log in, slow to create", 1, func(s *insider) {
 		s.expectErrors()
 		s.addAccount(adaEmail, bcrypt.MinCost)
-		slow := false
 		f := &fakeRedis{answer: func(command []string) string {
-			switch {
-			case command[0] == "HGETALL":
-				slow = true
+			switch command[0] {
+			case "HGETALL":
 				return cutOff
-			case slow && command[0] == "DEL":
+			case "DEL":
 				return ""
-			case slow && (command[0] == "AUTH" || command[0] == "EXEC"):
-				time.Sleep(proofTimeout * 4 / 5)
 			}
 			return plainReply(command)
 		}}
@@ -5743,6 +5741,8 @@ func TestASignInIsAnsweredInTimeWhenTheOldSessionCannotBeEnded(t *testing.T) {
 		if lookup.status != 503 { // and the connection has ended
 			s.Errorf("GET /user: status %d, want 503", lookup.status)
 		}
+		const slowly = proofTimeout * 4 / 5
+		f.locked(func() { f.delays = map[string]time.Duration{"AUTH": slowly, "EXEC": slowly} })
 		began := time.Now()
 		a := s.request(s.Context(), oneAddr, signInRoute, adaEmail, password, cookie(newUUID()))
 		if took := time.Since(began); a.status != 503 || took > 3*time.Second {
