@@ -63,7 +63,10 @@ import (
 // ---------------------------------------------------------------------------------------------------
 // Harness: finding Redis, running the service, asking it.
 
-const programEnv = "SESSION_STORAGE_TEST_IS_PROGRAM" // set: the test binary is the program itself
+const (
+	programEnv = "SESSION_STORAGE_TEST_IS_PROGRAM" // set: the test binary is the program itself
+	beforeEnv  = "SESSION_STORAGE_TEST_BEFORE"     // a shell command before the program, such as ulimit -n 60
+)
 
 func TestMain(m *testing.M) {
 	if os.Getenv(programEnv) != "" {
@@ -440,14 +443,20 @@ type service struct {
 // untuned is set where run would otherwise tune the test's own process.
 const untuned = "as it is"
 
+// variables is an environment.
+type variables map[string]string
+
+func (v variables) get(name string) string { return v[name] }
+
 // environ is the environment of a test's service: a free port, a file of its own, and the given variables.
-func environ(t testing.TB, vars []string) map[string]string {
-	env := map[string]string{
+func environ(t testing.TB, vars []string) variables {
+	env := variables{
 		"ADDR":       "127.0.0.1:0",
 		"DB_PATH":    filepath.Join(t.TempDir(), "users.db"),
 		"REDIS_URL":  "", // or a process would have this one's
 		"GOGC":       untuned,
 		"GOMAXPROCS": untuned,
+		beforeEnv:    "true",
 	}
 	for _, v := range vars {
 		name, value, _ := strings.Cut(v, "=")
@@ -456,26 +465,22 @@ func environ(t testing.TB, vars []string) map[string]string {
 	return env
 }
 
-// start runs the service within the test, and at its end stops it and looks through its log. bcrypt has its
-// lowest cost, which no configuration allows, unless the variables set one: the race detector makes bcrypt
-// ten times slower.
+// start runs the service within the test, over TCP, and at the test's end stops it and looks through its log.
+// BCRYPT_COST is 4 unless the variables say otherwise. No configuration allows that, but the race detector
+// makes bcrypt ten times slower.
 func start(t testing.TB, vars ...string) *service {
 	t.Helper()
-	return startWith(t, func(*config) {}, vars...)
-}
-
-// startWith is start with changes to the configuration.
-func startWith(t testing.TB, change func(*config), vars ...string) *service {
-	t.Helper()
 	env := environ(t, vars)
-	cfg, err := loadConfig(func(name string) string { return env[name] })
+	cost, err := strconv.Atoi(cmp.Or(env["BCRYPT_COST"], "4"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if env["BCRYPT_COST"] == "" {
-		cfg.server.bcryptCost = bcrypt.MinCost
+	delete(env, "BCRYPT_COST")
+	cfg, err := loadConfig(env.get)
+	if err != nil {
+		t.Fatal(err)
 	}
-	change(&cfg)
+	cfg.server.bcryptCost = cost
 	s := newService(t, cfg.dbPath)
 	log := slog.New(slog.NewJSONHandler(s.log, &slog.HandlerOptions{Level: cfg.logLevel}))
 	ctx, cancel := context.WithCancel(context.Background())
@@ -484,29 +489,23 @@ func startWith(t testing.TB, change func(*config), vars ...string) *service {
 	return s
 }
 
-// startProcess runs the program as a process of its own, so that it can be killed. bcrypt's cost is 10 unless
-// the variables set one.
+// startProcess runs the program as a process of its own, so that it can be killed. BCRYPT_COST is 10 unless the
+// variables say otherwise.
 func startProcess(t testing.TB, vars ...string) *service {
 	t.Helper()
-	return startLimited(t, "true", vars...)
-}
-
-// startLimited is startProcess under a limit that a shell command sets, such as ulimit -n 60.
-func startLimited(t testing.TB, limit string, vars ...string) *service {
-	t.Helper()
-	s := newProcess(t, limit, vars...)
+	s := newProcess(t, vars...)
 	s.launch()
 	s.url = "http://" + s.log.find(t, "listening")["addr"].(string)
 	return s
 }
 
-// newProcess is the program as a process that is still to be launched, after a shell command.
-func newProcess(t testing.TB, command string, vars ...string) *service {
+// newProcess is what startProcess launches.
+func newProcess(t testing.TB, vars ...string) *service {
 	t.Helper()
 	env := environ(t, append([]string{"BCRYPT_COST=10"}, vars...))
 	maps.DeleteFunc(env, func(_, value string) bool { return value == untuned })
 	s := newService(t, env["DB_PATH"])
-	s.process = exec.Command("sh", "-c", command+` && exec "$0"`, os.Args[0])
+	s.process = exec.Command("sh", "-c", `eval "$`+beforeEnv+`" && exec "$0"`, os.Args[0])
 	s.process.Env = append(os.Environ(), programEnv+"=1")
 	for name, value := range env {
 		s.process.Env = append(s.process.Env, name+"="+value)
@@ -597,6 +596,7 @@ type reply struct {
 	header http.Header
 	body   string
 	cookie *http.Cookie // session-id, nil when it was not set
+	last   bool         // on its connection
 }
 
 // send sends a request, checks what every answer has in common, and returns the answer or what broke it.
@@ -607,31 +607,42 @@ func (s *service) send(method, path, body string, header ...string) (*reply, err
 		return nil, err
 	}
 	if body != "" {
-		req.Header.Set("Content-Type", "application/json")
+		setHeader(req, "Content-Type: application/json")
 	}
-	for _, h := range header {
-		name, value, _ := strings.Cut(h, ": ")
-		if name == "Content-Type" {
-			req.Header.Del(name)
-		}
-		req.Header.Add(name, value)
-	}
+	setHeader(req, header...)
 	resp, err := s.client.Do(req)
 	if err != nil {
 		return nil, err
 	}
+	return readReply(s, method+" "+path, resp)
+}
+
+// setHeader adds header fields to a request, but for a Content-Type, which it replaces.
+func setHeader(r *http.Request, header ...string) {
+	for _, h := range header {
+		name, value, _ := strings.Cut(h, ": ")
+		if name == "Content-Type" {
+			r.Header.Del(name)
+		}
+		r.Header.Add(name, value)
+	}
+}
+
+// readReply reads an answer and checks what every answer has in common.
+func readReply(t testing.TB, what string, resp *http.Response) (*reply, error) {
+	t.Helper()
 	defer resp.Body.Close()
 	text, err := io.ReadAll(resp.Body)
 	if err != nil {
 		return nil, err
 	}
-	a := &reply{status: resp.StatusCode, header: resp.Header, body: string(text)}
+	a := &reply{status: resp.StatusCode, header: resp.Header, body: string(text), last: resp.Close}
 	for _, c := range resp.Cookies() {
 		if c.Name == cookieName {
 			a.cookie = c
 		}
 	}
-	checkReply(s, method+" "+path, a)
+	checkReply(t, what, a)
 	return a, nil
 }
 
@@ -800,11 +811,11 @@ type mapSession struct {
 	ends time.Time
 }
 
-func newFailingSessions(fail func(method string) error) *mapSessions {
+func newMapSessions(fail func(method string) error) *mapSessions {
 	return &mapSessions{fail: fail, sessions: map[string]mapSession{}}
 }
 
-// failing is what newFailingSessions takes to break one method.
+// failing breaks one method of mapSessions, or none, which is "".
 func failing(method string, err error) func(string) error {
 	return func(called string) error {
 		if called == method {
@@ -871,15 +882,16 @@ func each(t *testing.T, test func(t *testing.T, backend string)) {
 // ---------------------------------------------------------------------------------------------------
 // main.go
 
-// runWith runs the program with the given variables. Should it serve, it is told to stop at its first line.
-func runWith(t *testing.T, args []string, vars ...string) (status int, stdout, stderr string) {
+// runWith runs the program with the given variables until ctx ends, or until its first line should it serve.
+func runWith(
+	ctx context.Context, t *testing.T, args []string, vars ...string,
+) (status int, stdout, stderr string) {
 	t.Helper()
-	env := environ(t, vars)
-	ctx, cancel := context.WithCancel(t.Context())
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var out, log logBuffer
 	stopping := writerFunc(func(line []byte) (int, error) { cancel(); return log.Write(line) })
-	status = run(ctx, args, func(name string) string { return env[name] }, &out, stopping)
+	status = run(ctx, args, environ(t, vars).get, &out, stopping)
 	return status, out.String(), log.String()
 }
 
@@ -1014,7 +1026,7 @@ func TestWrongConfigurationIsRefused(t *testing.T) {
 	} {
 		for _, value := range tt.values {
 			wrong := cmp.Or(tt.wrong, fmt.Sprintf("%q", value))
-			status, _, message := runWith(t, nil, tt.name+"="+value)
+			status, _, message := runWith(t.Context(), t, nil, tt.name+"="+value)
 			if status != 2 || strings.Count(message, "\n") != 1 ||
 				!strings.HasPrefix(message, tt.name+": ") ||
 				!strings.Contains(message, tt.want) || !strings.Contains(message, wrong) {
@@ -1027,7 +1039,7 @@ func TestWrongConfigurationIsRefused(t *testing.T) {
 		}
 		first = append(first, tt.name+"="+tt.values[0])
 	}
-	status, _, message := runWith(t, nil, first...)
+	status, _, message := runWith(t.Context(), t, nil, first...)
 	lines := regexp.MustCompile(`(?m)^[A-Z_]+: `).FindAllString(message, -1)
 	if status != 2 || len(lines) != 11 {
 		t.Errorf("all wrong: exit status %d, want 2 and a line for each of 11 variables: %s", status, message)
@@ -1061,8 +1073,7 @@ func TestConfiguration(t *testing.T) {
 			want: "[h:1 x <nil> 168h0m0s 12 true []  1.5s ERROR]",
 		},
 	} {
-		env := environ(t, strings.Split(tt.vars, ","))
-		c, err := loadConfig(func(name string) string { return env[name] })
+		c, err := loadConfig(environ(t, strings.Split(tt.vars, ",")).get)
 		got := fmt.Sprint([]any{c.addr, c.dbPath, c.redis, c.server.sessionTTL, c.server.bcryptCost,
 			c.server.cookieSecure, c.server.trustedProxies, c.debugAddr, c.stopDelay, c.logLevel})
 		if err != nil || got != tt.want {
@@ -1083,7 +1094,7 @@ func TestHelpIsREADMEsTable(t *testing.T) {
 		text := fmt.Sprintf("  %s (default %s)\n    \t%s\n", cells[1], cells[2], cells[3])
 		want += strings.ReplaceAll(text, "`", "")
 	}
-	_, got, _ := runWith(t, []string{"-h"}, "PORT=3000", "DB_PATH=elsewhere")
+	_, got, _ := runWith(t.Context(), t, []string{"-h"}, "PORT=3000", "DB_PATH=elsewhere")
 	if _, variables, _ := strings.Cut(got, "environment variables:\n"); variables != want || want == "" {
 		t.Errorf("-h prints:\n%s\nREADME has:\n%s", variables, want)
 	}
@@ -1144,7 +1155,7 @@ func TestExitStatus(t *testing.T) {
 		{vars: "DB_PATH=/no/such/folder/users.db", status: 1, stderr: `DB_PATH="/no/such/folder/users.db": `},
 		{vars: "DB_PATH=/", status: 1, stderr: `DB_PATH="/": `},
 	} {
-		status, stdout, stderr := runWith(t, strings.Fields(tt.args), strings.Split(tt.vars, ",")...)
+		status, stdout, stderr := runWith(t.Context(), t, strings.Fields(tt.args), strings.Split(tt.vars, ",")...)
 		if tt.args == "" {
 			stderr = causeOfTheEnd(t, stderr)
 		}
@@ -1163,7 +1174,7 @@ func TestLogLevels(t *testing.T) {
 		"warn":  "WARN ERROR",
 		"error": "ERROR",
 	} {
-		status, _, log := runWith(t, nil, "LOG_LEVEL="+name, "COOKIE_SECURE=false",
+		status, _, log := runWith(t.Context(), t, nil, "LOG_LEVEL="+name, "COOKIE_SECURE=false",
 			"REDIS_URL=redis://127.0.0.1:"+freePort())
 		for _, level := range []string{"INFO", "WARN", "ERROR"} {
 			if status != 0 || strings.Contains(log, `"level":"`+level) != strings.Contains(want, level) {
@@ -1224,18 +1235,18 @@ func (s *service) signIn(email string, header ...string) string {
 func TestWhateverBecomesOfStandardErrorTheServiceServesOnAndStops(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
-		command string // of the shell, before the program
-		pipe    func(t *testing.T, r, w *os.File)
+		before string // the program, in the shell
+		pipe   func(t *testing.T, r, w *os.File)
 	}{
-		"closed":                   {command: "exec 2>&-"},
-		"on a full disk":           {command: "exec 2>/dev/full"},
-		"a pipe without a reader":  {command: "true", pipe: func(_ *testing.T, r, _ *os.File) { r.Close() }},
-		"a pipe that nobody reads": {command: "true", pipe: fillPipe},
+		"closed":                   {before: "exec 2>&-"},
+		"on a full disk":           {before: "exec 2>/dev/full"},
+		"a pipe without a reader":  {before: "true", pipe: func(_ *testing.T, r, _ *os.File) { r.Close() }},
+		"a pipe that nobody reads": {before: "true", pipe: fillPipe},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			addr := "127.0.0.1:" + freePort()
-			s := newProcess(t, tt.command, "ADDR="+addr)
+			s := newProcess(t, beforeEnv+"="+tt.before, "ADDR="+addr)
 			s.url = "http://" + addr
 			if tt.pipe != nil {
 				r, w, err := os.Pipe()
@@ -1321,17 +1332,6 @@ func TestLinesThatCannotBeWrittenAreCountedAndNobodyWaitsForThem(t *testing.T) {
 	}
 }
 
-// testServer is a server without a network, with bcrypt at its lowest cost.
-func testServer(db *database, sessions SessionStore, log io.Writer) *server {
-	cfg := serverConfig{
-		sessionTTL:  time.Hour,
-		bcryptCost:  bcrypt.MinCost,
-		bcryptSlots: 1,
-		compareHash: bcrypt.CompareHashAndPassword,
-	}
-	return newServer(cfg, db, sessions, slog.New(slog.NewJSONHandler(log, nil)))
-}
-
 func openTestDatabase(t testing.TB) *database {
 	t.Helper()
 	db, err := openDatabase(t.Context(), filepath.Join(t.TempDir(), "users.db"))
@@ -1343,12 +1343,13 @@ func openTestDatabase(t testing.TB) *database {
 }
 
 func TestTheStartTriesASessionAndLeavesNone(t *testing.T) {
-	trial := func(method string, cause error) *logBuffer {
-		log := &logBuffer{}
-		s := testServer(openTestDatabase(t), newFailingSessions(failing(method, cause)), log)
-		trySession(t.Context(), s, s.log)
-		log.end()
-		return log
+	trial := func(method string, cause error) *unit {
+		s := newUnit(t, unitConfig{})
+		s.expectErrors()
+		s.trouble = failing(method, cause)
+		trySession(t.Context(), s.server, s.server.log)
+		s.log.end()
+		return s
 	}
 	for _, method := range []string{"Create", "Get", "Delete"} {
 		for cause, want := range map[error]string{
@@ -1356,17 +1357,17 @@ func TestTheStartTriesASessionAndLeavesNone(t *testing.T) {
 			errUnavailable:        "store out of reach",
 			errors.New("a fault"): "request failed",
 		} {
-			line := trial(method, cause).find(t, want)
+			line := trial(method, cause).log.find(t, want)
 			if line["err"] != cause.Error() || (line["store"] != "sessions") != (want == "request failed") {
 				t.Errorf("%s fails: log line %v, want the cause", method, line)
 			}
 		}
 	}
-	lost := trial("Get", errNoSession).find(t, "store refuses")
+	lost := trial("Get", errNoSession).log.find(t, "store refuses")
 	if cause, _ := lost["err"].(string); !strings.Contains(cause, "not there") {
 		t.Errorf("the store has lost the session: log line %v, want the cause", lost)
 	}
-	if log := trial("Delete", errNoSession); log.String() != "" { // it was sent twice
+	if log := trial("Delete", errNoSession).log; log.String() != "" { // it was sent twice
 		t.Errorf("the session is gone when it is deleted: logs %s, want nothing", log)
 	}
 	r := ownRedis(t)
@@ -1397,23 +1398,16 @@ func TestASilentRedisDelaysNeitherTheStartNorTheEnd(t *testing.T) {
 	}
 }
 
-// SQLite waits for a locked file for 10 s.
 func TestTheStartHeedsTheSignalToStop(t *testing.T) {
 	t.Parallel()
-	env := environ(t, nil)
-	other := openSQL(t, env["DB_PATH"])
-	defer other.Close()
-	other.SetMaxOpenConns(1)
-	if _, err := other.Exec(`BEGIN EXCLUSIVE`); err != nil {
-		t.Fatal(err)
-	}
+	path := originalFile(t, originalDDL).dbPath
+	defer lockFile(t, path)()
 	ctx, cancel := context.WithCancel(t.Context())
 	time.AfterFunc(200*time.Millisecond, cancel)
-	log := &logBuffer{}
 	begin := time.Now()
-	status := run(ctx, nil, func(name string) string { return env[name] }, log, log)
-	if d := time.Since(begin); status != 0 || d > 5*time.Second || len(log.lines("stopped")) != 1 {
-		t.Errorf("exit status %d after %v, want 0 at once: %s", status, d, log)
+	status, _, stderr := runWith(ctx, t, nil, "DB_PATH="+path)
+	if d := time.Since(begin); status != 0 || d > 5*time.Second || strings.Count(stderr, `"stopped"`) != 1 {
+		t.Errorf("exit status %d after %v, want 0 at once: %s", status, d, stderr)
 	}
 }
 
@@ -1510,13 +1504,11 @@ func readHTTP(t testing.TB, what string, r *bufio.Reader) *reply {
 		t.Errorf("%s: %v", what, err)
 		return &reply{}
 	}
-	defer resp.Body.Close()
-	body, _ := io.ReadAll(resp.Body)
-	if resp.Close {
-		resp.Header.Set("Connection", "close")
+	a, err := readReply(t, what, resp)
+	if err != nil {
+		t.Errorf("%s: %v", what, err)
+		return &reply{}
 	}
-	a := &reply{status: resp.StatusCode, header: resp.Header, body: string(body)}
-	checkReply(t, what, a)
 	return a
 }
 
@@ -1532,9 +1524,9 @@ func TestTheStopIsSeenBeforeTheDoorShuts(t *testing.T) {
 		conn := s.dialRaw()
 		io.WriteString(conn, httpText("GET "+route, "", cookie(id)))
 		a := readHTTP(t, "GET "+route, bufio.NewReader(conn))
-		if a.status != want || a.header.Get("Connection") != "close" {
-			t.Errorf("GET %s on a new connection: status %d, %v, want %d and the last",
-				route, a.status, a.header, want)
+		if a.status != want || !a.last {
+			t.Errorf("GET %s on a new connection: status %d, the last: %t, want %d and the last",
+				route, a.status, a.last, want)
 		}
 	}
 	stopping.Wait()
@@ -1571,7 +1563,7 @@ func (s *service) addAccount(email string, cost int) User {
 
 func TestShutdownFinishesTheUpgradeOfAHash(t *testing.T) {
 	t.Parallel()
-	s := startWith(t, func(c *config) { c.server.bcryptCost = 5 }, "REDIS_URL="+redisURL(t))
+	s := start(t, "BCRYPT_COST=5", "REDIS_URL="+redisURL(t))
 	user := s.addAccount(newEmail(), 4)
 	db := openSQL(t, s.dbPath)
 	defer db.Close()
@@ -1639,7 +1631,7 @@ func TestShutdownFinishesWhatRunsInTime(t *testing.T) {
 			}
 			if tt.status != 0 {
 				a := readHTTP(t, "POST /user", answers)
-				if a.status != tt.status || a.header.Get("Connection") != "close" {
+				if a.status != tt.status || !a.last {
 					t.Errorf("the request that ran: %+v, want %d and Connection: close", a, tt.status)
 				}
 			}
@@ -1656,7 +1648,7 @@ func TestShutdownFinishesWhatRunsInTime(t *testing.T) {
 
 func TestMoreConnectionsThanFileDescriptors(t *testing.T) {
 	t.Parallel()
-	s := startLimited(t, "ulimit -n 60")
+	s := startProcess(t, beforeEnv+"=ulimit -n 60")
 	_, id := s.register(newEmail())
 	begin := time.Now()
 	var conns []net.Conn
@@ -1699,22 +1691,23 @@ func (l *pipeListener) Accept() (net.Conn, error) {
 	return conn, nil
 }
 
-// servePipes serves s within a bubble, until the test's end. dial returns a client's end of a connection.
-func servePipes(t testing.TB, s *server) (dial func() net.Conn) {
-	t.Helper()
+// listen serves the unit's HTTP within a bubble, until the test's end. dial returns a client's end of a
+// connection.
+func (s *unit) listen() (dial func() net.Conn) {
+	s.Helper()
 	conns := make(chan net.Conn)
 	pipes := &pipeListener{conns, sync.OnceFunc(func() { close(conns) })}
 	served := make(chan error, 1)
-	accepted := &listener{Listener: pipes, server: s}
-	go func() { served <- serveHTTP(t.Context(), accepted, s, 0, s.log) }()
-	t.Cleanup(func() {
+	accepted := &listener{Listener: pipes, server: s.server}
+	go func() { served <- serveHTTP(s.Context(), accepted, s.server, 0, s.server.log) }()
+	s.Cleanup(func() {
 		if err := <-served; err != nil {
-			t.Error(err)
+			s.Error(err)
 		}
 	})
 	return func() net.Conn {
 		client, server := net.Pipe()
-		t.Cleanup(func() { client.Close() })
+		s.Cleanup(func() { client.Close() })
 		conns <- server
 		return client
 	}
@@ -1743,9 +1736,10 @@ func TestClientsHaveTheirTime(t *testing.T) {
 		{name: "for body and bcrypt", sent: head + body[:len(body)-9], slowly: body[len(body)-9:],
 			bcrypt: 12 * time.Second, answer: "HTTP/1.1 401 ", cut: 21*time.Second + 2*time.Minute},
 	} {
-		virtually(t, tt.name, 1, func(s *insider) {
+		inVirtualTime(t, tt.name, func(t *testing.T) {
+			s := newUnit(t, unitConfig{})
 			s.bcrypt.before = func(string) { time.Sleep(tt.bcrypt) }
-			conn := servePipes(s, s.server)()
+			conn := s.listen()()
 			begin := time.Now()
 			var sending sync.WaitGroup
 			defer sending.Wait()
@@ -1768,19 +1762,6 @@ func TestClientsHaveTheirTime(t *testing.T) {
 	}
 }
 
-// serveOne answers a request without a network.
-func serveOne(s *server, method, path, body string, header ...string) *httptest.ResponseRecorder {
-	r := httptest.NewRequest(method, path, strings.NewReader(body))
-	r.Header.Set("Content-Type", "application/json")
-	for _, h := range header {
-		name, value, _ := strings.Cut(h, ": ")
-		r.Header.Add(name, value)
-	}
-	w := httptest.NewRecorder()
-	s.ServeHTTP(w, r)
-	return w
-}
-
 // Whether net/http watches a connection is seen by whether it takes a byte while the handler runs.
 func TestTheWatchIsSparedForLookupsAndKeptForSignIns(t *testing.T) {
 	email := newEmail()
@@ -1795,17 +1776,15 @@ func TestTheWatchIsSparedForLookupsAndKeptForSignIns(t *testing.T) {
 		{what: "a lookup after a sign-in", before: signIn, request: lookup, status: 401, watched: false},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			wait := func() {}
-			sessions := newFailingSessions(func(string) error { wait(); return nil })
-			s := testServer(openTestDatabase(t), sessions, io.Discard)
-			serveOne(s, "POST", "/user", credentials(email, password))
-			conn := servePipes(t, s)()
+			s := newUnit(t, unitConfig{})
+			s.request(t.Context(), oneAddr, registerRoute, email, password)
+			conn := s.listen()()
 			answers := bufio.NewReader(conn)
 			io.WriteString(conn, tt.before)
 			readHTTP(t, "before "+tt.what, answers)
 			synctest.Wait() // or the next request may come before its watch has ended
 			goOn := make(chan struct{})
-			wait = func() { <-goOn }
+			s.trouble = func(string) error { <-goOn; return nil }
 			io.WriteString(conn, tt.request)
 			synctest.Wait()
 			next := httpText("GET /nowhere", "")
@@ -1827,10 +1806,11 @@ func TestTheWatchIsSparedForLookupsAndKeptForSignIns(t *testing.T) {
 }
 
 func TestASignInWhoseClientLeavesCostsNoBcrypt(t *testing.T) {
-	virtually(t, "", 1, func(s *insider) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newUnit(t, unitConfig{})
 		goOn := make(chan struct{})
 		s.bcrypt.before = func(string) { <-goOn }
-		dial := servePipes(s, s.server)
+		dial := s.listen()
 		first, second := dial(), dial()
 		signIn := httpText("POST /user/signin", credentials("nobody@example.com", password))
 		for _, conn := range []net.Conn{first, second} { // one runs, one waits
@@ -1848,11 +1828,9 @@ func TestASignInWhoseClientLeavesCostsNoBcrypt(t *testing.T) {
 	})
 }
 
-func newMapSessions() *mapSessions { return newFailingSessions(func(string) error { return nil }) }
-
 func TestRequestsAreAnsweredInOrderHoweverTheyArrive(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dial := servePipes(t, testServer(openTestDatabase(t), newMapSessions(), io.Discard))
+		dial := newUnit(t, unitConfig{}).listen()
 		text := httpText("GET /"+strings.Repeat("x", 4100), "") + httpText("GET /healthz", "") +
 			httpText("POST /user/signin", "{}") + httpText("GET /user", "") +
 			httpText("DELETE /user/session", "")
@@ -2138,9 +2116,9 @@ func testUser(i int) User {
 }
 
 func TestOfSeveralCookiesTheFirstThatIsAUUIDCounts(t *testing.T) {
+	s := newUnit(t, unitConfig{})
 	calls := 0
-	sessions := newFailingSessions(func(string) error { calls++; return nil })
-	s := testServer(openTestDatabase(t), sessions, io.Discard)
+	s.trouble = func(string) error { calls++; return nil }
 	id := newUUID()
 	type effect struct{ status, calls int }
 	for want, headers := range map[effect][]string{
@@ -2155,13 +2133,12 @@ func TestOfSeveralCookiesTheFirstThatIsAUUIDCounts(t *testing.T) {
 	} {
 		for _, header := range headers {
 			for route, status := range map[string]int{"GET /user": want.status, "DELETE /user/session": 204} {
-				sessions.Create(t.Context(), id, testUser(1), time.Hour)
+				s.sessions.Create(t.Context(), id, testUser(1), time.Hour)
 				calls = 0
-				method, path, _ := strings.Cut(route, " ")
-				w := serveOne(s, method, path, "", strings.Split(header, "\n")...)
-				if w.Code != status || calls != want.calls {
+				a := s.serve(t.Context(), oneAddr, route, "", strings.Split(header, "\n")...)
+				if a.status != status || calls != want.calls {
 					t.Errorf("%s %.90q: status %d, the store is asked %d times, want %d, %d",
-						route, header, w.Code, calls, status, want.calls)
+						route, header, a.status, calls, status, want.calls)
 				}
 			}
 		}
@@ -2280,12 +2257,14 @@ func TestBrowsersOnOtherOriginsAreRefused(t *testing.T) {
 
 func TestAPanicIsAnswered500AndLogged(t *testing.T) {
 	log := &logBuffer{}
-	s := testServer(nil, nil, log) // there is no session store
+	s := newServer(serverConfig{}, nil, nil, slog.New(slog.NewJSONHandler(log, nil))) // without a store
 	for range 3 {
-		w := serveOne(s, "GET", "/user", "", cookie(newUUID()))
-		checkReply(t, "GET /user", &reply{status: w.Code, header: w.Header(), body: w.Body.String()})
-		if w.Code != 500 {
-			t.Errorf("GET /user: status %d, want 500", w.Code)
+		r := httptest.NewRequest("GET", "/user", nil)
+		setHeader(r, cookie(newUUID()))
+		w := httptest.NewRecorder()
+		s.ServeHTTP(w, r)
+		if a, _ := readReply(t, "GET /user", w.Result()); a.status != 500 {
+			t.Errorf("GET /user: status %d, want 500", a.status)
 		}
 	}
 	lines := log.lines("request failed") // at most one a second
@@ -2298,47 +2277,45 @@ func TestAPanicIsAnswered500AndLogged(t *testing.T) {
 func TestAnOutageIs503AndLogged(t *testing.T) {
 	email := newEmail()
 	for _, tt := range []struct {
-		method, path, email, fails string
-		status                     int
+		route, email, fails string
+		status              int
 	}{
-		{method: "GET", path: "/user", fails: "Get", status: 503},
-		{method: "GET", path: "/healthz", fails: "Ping", status: 503},
-		{method: "DELETE", path: "/user/session", fails: "Delete", status: 503},
-		{method: "POST", path: "/user", email: newEmail(), fails: "Create", status: 503},
-		{method: "POST", path: "/user/signin", email: email, fails: "Create", status: 503},
-		{method: "POST", path: "/user/signin", email: email, fails: "Delete", status: 503},
+		{route: "GET /user", fails: "Get", status: 503},
+		{route: "GET /healthz", fails: "Ping", status: 503},
+		{route: "DELETE /user/session", fails: "Delete", status: 503},
+		{route: registerRoute, email: newEmail(), fails: "Create", status: 503},
+		{route: signInRoute, email: email, fails: "Create", status: 503},
+		{route: signInRoute, email: email, fails: "Delete", status: 503},
 		// The account is made; the session that could not be ended lives on beside the new one.
-		{method: "POST", path: "/user", email: newEmail(), fails: "Delete", status: 201},
+		{route: registerRoute, email: newEmail(), fails: "Delete", status: 201},
 	} {
 		for msg, cause := range map[string]error{
 			"store out of reach": fmt.Errorf("%w: no route to host", errUnavailable),
 			"store refuses":      &refusedError{server: "the host", text: "NOPERM"},
 		} {
-			what := fmt.Sprintf("%s %s, %s at %s", tt.method, tt.path, msg, tt.fails)
-			log := &logBuffer{}
-			failures := -1 // of the next calls, the first fails
-			sessions := newFailingSessions(func(method string) error {
-				if method != tt.fails || failures != 0 {
+			what := fmt.Sprintf("%s, %s at %s", tt.route, msg, tt.fails)
+			s := newUnit(t, unitConfig{})
+			s.expectErrors()
+			var first, second registration
+			a := s.request(t.Context(), oneAddr, registerRoute, email, password)
+			json.Unmarshal([]byte(a.body), &first)
+			failures := 0
+			s.trouble = func(method string) error { // the first call fails
+				if method != tt.fails || failures > 0 {
 					return nil
 				}
 				failures++
 				return cause
-			})
-			s := testServer(openTestDatabase(t), sessions, log)
-			var first, second registration
-			json.Unmarshal(serveOne(s, "POST", "/user", credentials(email, password)).Body.Bytes(), &first)
-			failures = 0
-			w := serveOne(s, tt.method, tt.path, credentials(tt.email, password), cookie(first.SessionID))
-			json.Unmarshal(w.Body.Bytes(), &second)
-			s.drain(t.Context())
-			checkReply(t, what, &reply{status: w.Code, header: w.Header(), body: w.Body.String()})
-			made := tt.status == 201
-			if w.Code != tt.status || (w.Header().Get("Set-Cookie") != "") != made ||
-				strings.Contains(w.Body.String(), "host") {
-				t.Errorf("%s: status %d, %v, want %d: %s", what, w.Code, w.Header(), tt.status, w.Body)
 			}
-			line := log.find(t, msg)
-			counted := s.metrics()["session_store_errors_total"]
+			a = s.request(t.Context(), oneAddr, tt.route, tt.email, password, cookie(first.SessionID))
+			json.Unmarshal([]byte(a.body), &second)
+			s.server.drain(t.Context())
+			made := tt.status == 201
+			if a.status != tt.status || (a.cookie != nil) != made || strings.Contains(a.body, "host") {
+				t.Errorf("%s: status %d, %v, want %d: %s", what, a.status, a.cookie, tt.status, a.body)
+			}
+			line := s.log.find(t, msg)
+			counted := s.server.metrics()["session_store_errors_total"]
 			if line["level"] != "ERROR" || line["store"] != "sessions" || line["err"] != cause.Error() ||
 				counted != int64(1) || failures != 1 {
 				t.Errorf("%s: log line %v, %v errors counted of %d, want 1", what, line, counted, failures)
@@ -2348,12 +2325,12 @@ func TestAnOutageIs503AndLogged(t *testing.T) {
 				want = append(want, second.SessionID)
 				slices.Sort(want)
 			}
-			if ids := sessions.ids(); !slices.Equal(ids, want) {
+			if ids := s.sessions.ids(); !slices.Equal(ids, want) {
 				t.Errorf("%s: sessions %v, want %v", what, ids, want)
 			}
-			_, _, err := s.accounts.UserByEmail(t.Context(), tt.email)
-			if tt.email != email && (err == nil) != made {
-				t.Errorf("%s: %v, want an account: %t", what, err, made)
+			n := query[int](s.service, `SELECT count(*) FROM users WHERE email = ?`, tt.email)
+			if tt.email != email && (n == 1) != made {
+				t.Errorf("%s: %d accounts, want one: %t", what, n, made)
 			}
 		}
 	}
@@ -2387,23 +2364,20 @@ func TestAStoreThatAnswersAgainIsTold(t *testing.T) {
 		},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			var fails error
-			log := &logBuffer{}
-			s := testServer(openTestDatabase(t), newFailingSessions(func(string) error { return fails }), log)
+			s := newUnit(t, unitConfig{})
+			s.expectErrors()
 			told := 0
 			for i, step := range steps {
 				time.Sleep(step.after)
-				fails = step.fails
+				s.trouble = failing("Get", step.fails)
 				ctx, leave := context.WithCancel(t.Context())
-				if fails == context.Canceled {
+				if step.fails == context.Canceled {
 					leave()
-					fails = away
+					s.trouble = failing("Get", away)
 				}
-				r := httptest.NewRequestWithContext(ctx, "GET", "/user", nil)
-				r.Header.Set("Cookie", cookieName+"="+newUUID())
-				s.ServeHTTP(httptest.NewRecorder(), r)
+				s.serve(ctx, oneAddr, "GET /user", "", cookie(newUUID()))
 				leave()
-				lines := log.lines("store is back")
+				lines := s.log.lines("store is back")
 				if step.back != "" {
 					told++
 					line := lines[len(lines)-1]
@@ -2411,7 +2385,7 @@ func TestAStoreThatAnswersAgainIsTold(t *testing.T) {
 						t.Errorf("%s, step %d: log line %v, want away %s", what, i+1, line, step.back)
 					}
 				}
-				if got := s.metrics()["sessions_away_seconds"]; got != step.away || len(lines) != told {
+				if got := s.server.metrics()["sessions_away_seconds"]; got != step.away || len(lines) != told {
 					t.Errorf("%s, step %d: away for %v s, want %v; %v", what, i+1, got, step.away, lines)
 				}
 			}
@@ -2457,36 +2431,46 @@ func (b *bcryptWatch) compare(hash, password []byte) error {
 	return err
 }
 
-// insider is a service whose server is at hand, and which may run in a bubble of virtual time.
-type insider struct {
+// unit is a server without a network, which can run in virtual time, and what a test wants to have of it.
+type unit struct {
 	*service
 	server   *server
-	sessions *mapSessions
-	trouble  func(method string) error // of the sessions
+	sessions *mapSessions              // unless the test has brought others
+	trouble  func(method string) error // of mapSessions, which fail with its answer
 	bcrypt   *bcryptWatch
 }
 
-func newInsider(t testing.TB, bcryptSlots, bcryptCost int) *insider {
+// unitConfig is how a unit differs from one with mapSessions, and one slot for bcrypt at its lowest cost.
+type unitConfig struct {
+	sessions    SessionStore
+	bcryptSlots int
+	bcryptCost  int
+}
+
+func newUnit(t testing.TB, cfg unitConfig) *unit {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "users.db")
-	s := &insider{
-		service: &service{TB: t, dbPath: path, log: &logBuffer{}},
-		trouble: func(string) error { return nil },
+	s := &unit{
+		service: &service{TB: t, dbPath: filepath.Join(t.TempDir(), "users.db"), log: &logBuffer{}},
+		trouble: failing("", nil),
 		bcrypt:  &bcryptWatch{before: func(string) {}},
 	}
-	s.sessions = newFailingSessions(func(method string) error { return s.trouble(method) })
-	db, err := openDatabase(t.Context(), path)
+	s.sessions = newMapSessions(func(method string) error { return s.trouble(method) })
+	db, err := openDatabase(t.Context(), s.dbPath)
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg := serverConfig{
+	config := serverConfig{
 		sessionTTL:     time.Hour,
-		bcryptCost:     bcryptCost,
-		bcryptSlots:    bcryptSlots,
+		bcryptCost:     max(cfg.bcryptCost, bcrypt.MinCost),
+		bcryptSlots:    max(cfg.bcryptSlots, 1),
 		trustedProxies: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")},
 		compareHash:    s.bcrypt.compare,
 	}
-	s.server = newServer(cfg, db, s.sessions, slog.New(slog.NewJSONHandler(s.log, nil)))
+	sessions := cfg.sessions
+	if sessions == nil {
+		sessions = s.sessions
+	}
+	s.server = newServer(config, db, sessions, slog.New(slog.NewJSONHandler(s.log, nil)))
 	t.Cleanup(func() {
 		s.server.drain(context.Background())
 		db.Close()
@@ -2495,43 +2479,40 @@ func newInsider(t testing.TB, bcryptSlots, bcryptCost int) *insider {
 	return s
 }
 
-// virtually runs a subtest in virtual time.
-func virtually(t *testing.T, name string, bcryptSlots int, test func(s *insider)) {
-	t.Helper()
-	t.Run(name, func(t *testing.T) {
-		t.Parallel()
-		synctest.Test(t, func(t *testing.T) { test(newInsider(t, bcryptSlots, bcrypt.MinCost)) })
-	})
-}
-
-// request asks without a network. The client is an address that a trusted proxy names, or "peer" and one that
-// none does.
-func (s *insider) request(
+// request sends name, email and password as form does.
+func (s *unit) request(
 	ctx context.Context, client, route, email, password string, header ...string,
 ) *reply {
 	s.Helper()
+	return s.serve(ctx, client, route, credentials(email, password), header...)
+}
+
+// serve answers a request. The client is an address that a trusted proxy names, or "peer" and one that none
+// does.
+func (s *unit) serve(ctx context.Context, client, route, body string, header ...string) *reply {
+	s.Helper()
 	method, path, _ := strings.Cut(route, " ")
-	r := httptest.NewRequestWithContext(ctx, method, path, strings.NewReader(credentials(email, password)))
-	r.Header.Set("Content-Type", "application/json")
+	r := httptest.NewRequestWithContext(ctx, method, path, strings.NewReader(body))
 	if peer, isPeer := strings.CutPrefix(client, "peer "); isPeer {
 		r.RemoteAddr = net.JoinHostPort(peer, "5")
 	} else {
 		r.RemoteAddr = "127.0.0.9:5"
-		header = append(header, from(client))
+		setHeader(r, from(client))
 	}
-	for _, h := range header {
-		name, value, _ := strings.Cut(h, ": ")
-		r.Header.Add(name, value)
-	}
+	setHeader(r, "Content-Type: application/json")
+	setHeader(r, header...)
 	w := httptest.NewRecorder()
 	s.server.ServeHTTP(w, r)
-	a := &reply{status: w.Code, header: w.Header(), body: w.Body.String()}
-	checkReply(s, route, a)
+	a, err := readReply(s, route, w.Result())
+	if err != nil {
+		s.Error(err)
+		return &reply{}
+	}
 	return a
 }
 
 // wantSignIn signs in as client oneAddr.
-func (s *insider) wantSignIn(status int, email, password string) {
+func (s *unit) wantSignIn(status int, email, password string) {
 	s.Helper()
 	if a := s.request(s.Context(), oneAddr, signInRoute, email, password); a.status != status {
 		s.Errorf("%s %s, %s: status %d, want %d", signInRoute, email, password, a.status, status)
@@ -2542,7 +2523,7 @@ func (s *insider) wantSignIn(status int, email, password string) {
 func numbered(text string, n int) string { return strings.ReplaceAll(text, "#", strconv.Itoa(n)) }
 
 // failures are sign-ins of client oneAddr, with a wrong password. In email # is the number of the failure.
-func (s *insider) failures(n int, email string) {
+func (s *unit) failures(n int, email string) {
 	s.Helper()
 	for i := range n {
 		s.wantSignIn(401, numbered(email, i), wrongPassword)
@@ -2659,11 +2640,11 @@ func TestEachLimitInVirtualTime(t *testing.T) {
 			{n: 1, client: far, email: adaID},
 		}},
 	} {
-		virtually(t, tt.promise, 1, func(s *insider) { s.wantLimit(tt.steps) })
+		inVirtualTime(t, tt.promise, func(t *testing.T) { newUnit(t, unitConfig{}).wantLimit(tt.steps) })
 	}
 }
 
-func (s *insider) wantLimit(steps []tries) {
+func (s *unit) wantLimit(steps []tries) {
 	s.addAccount(adaEmail, bcrypt.MinCost)
 	s.exec(`UPDATE users SET id = ?`, adaID)
 	number := 0
@@ -2731,7 +2712,8 @@ func TestTriesAtTheSameMoment(t *testing.T) {
 		{"one account", 2, 98, "#@x.com", 64, registerRoute, "x@y.com", password, 2, []int{201, 409},
 			perMinute10},
 	} {
-		virtually(t, tt.name, tt.slots, func(s *insider) {
+		inVirtualTime(t, tt.name, func(t *testing.T) {
+			s := newUnit(t, unitConfig{bcryptSlots: tt.slots})
 			s.addAccount(adaEmail, bcrypt.MinCost)
 			s.failures(tt.failures, tt.of)
 			const bcryptTakes = 125 * time.Millisecond
@@ -2767,7 +2749,7 @@ func TestTriesAtTheSameMoment(t *testing.T) {
 }
 
 // breakFile makes the account database unreadable.
-func (s *insider) breakFile() {
+func (s *unit) breakFile() {
 	s.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
 	os.WriteFile(s.dbPath, slices.Repeat([]byte("no database "), 1000), 0o600)
 }
@@ -2775,29 +2757,30 @@ func (s *insider) breakFile() {
 // A 503 counts against no limit, unless it has cost a bcrypt.
 func TestWhatA503Counts(t *testing.T) {
 	t.Parallel()
-	busy := func(s *insider) { takeSlot(s, s.server) }
-	noSessions := func(s *insider) { s.trouble = failing("Create", errUnavailable) }
-	slowSessions := func(s *insider) {
+	busy := func(s *unit) { takeSlot(s, s.server) }
+	noSessions := func(s *unit) { s.trouble = failing("Create", errUnavailable) }
+	slowSessions := func(s *unit) {
 		s.trouble = func(string) error { time.Sleep(storeTimeout); return nil }
 	}
 	for _, tt := range []struct {
 		name, route string
-		spoil       func(s *insider)
+		spoil       func(s *unit)
 		patience    time.Duration // of the client
 		store       string        // that is in trouble
 		answers     int           // that are not 429, of 120
 	}{
 		{"sign-in too busy", signInRoute, busy, time.Hour, "", 120},
 		{"sign-in whose client leaves", signInRoute, busy, time.Second, "", 120},
-		{"sign-in without accounts", signInRoute, (*insider).breakFile, time.Hour, "accounts", 120},
+		{"sign-in without accounts", signInRoute, (*unit).breakFile, time.Hour, "accounts", 120},
 		{"registration too busy", registerRoute, busy, time.Hour, "", 120},
 		{"registration whose client leaves", registerRoute, busy, time.Second, "", 120},
-		{"registration without accounts", registerRoute, (*insider).breakFile, time.Hour, "accounts", 100},
-		{"health check without accounts", "GET /healthz", (*insider).breakFile, time.Hour, "accounts", 120},
+		{"registration without accounts", registerRoute, (*unit).breakFile, time.Hour, "accounts", 100},
+		{"health check without accounts", "GET /healthz", (*unit).breakFile, time.Hour, "accounts", 120},
 		{"registration without sessions", registerRoute, noSessions, time.Hour, "sessions", 100},
 		{"registration that comes too late to the accounts", registerRoute, slowSessions, time.Hour, "", 100},
 	} {
-		virtually(t, tt.name, 1, func(s *insider) {
+		inVirtualTime(t, tt.name, func(t *testing.T) {
+			s := newUnit(t, unitConfig{})
 			s.expectErrors()
 			tt.spoil(s)
 			var unavailable, throttled atomic.Int64
@@ -2880,7 +2863,8 @@ func TestTheGateRemembersLittle(t *testing.T) { // not in parallel: it measures 
 
 func TestTheQueueForBcryptIsBounded(t *testing.T) {
 	t.Parallel()
-	virtually(t, "2 slots", 2, func(s *insider) {
+	inVirtualTime(t, "2 slots", func(t *testing.T) {
+		s := newUnit(t, unitConfig{bcryptSlots: 2})
 		const atOnce, left, inTime = "Retry-After 10, after 0s", "Retry-After 2, after 0s",
 			"Retry-After 10, after 5s"
 		slots := []func(){takeSlot(s, s.server), takeSlot(s, s.server)}
@@ -2949,7 +2933,8 @@ func TestNoNetworkWaitsForAnothersLine(t *testing.T) {
 		{route: signInRoute, slots: 4, attackers: 20, each: 12},
 		{route: "a hash stored anew", slots: 1, attackers: 1, each: maxLine},
 	} {
-		virtually(t, fmt.Sprintf("%+v", tt), tt.slots, func(s *insider) {
+		inVirtualTime(t, fmt.Sprintf("%+v", tt), func(t *testing.T) {
+			s := newUnit(t, unitConfig{bcryptSlots: tt.slots})
 			s.addAccount(adaEmail, bcrypt.MinCost)
 			ahead := 0 // of the victim
 			s.bcrypt.before = func(text string) {
@@ -3020,8 +3005,8 @@ func TestEverNewNetworksPassNobodyBy(t *testing.T) {
 }
 
 func TestARegistrationThatWaitsForAStoreHoldsUpNoBcryptAndIsCounted(t *testing.T) {
-	t.Parallel()
-	virtually(t, "1 slot", 1, func(s *insider) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newUnit(t, unitConfig{})
 		goOn := make(chan struct{})
 		s.trouble = func(string) error { <-goOn; return nil }
 		s.failures(98, "#@example.com")
@@ -3071,7 +3056,8 @@ func TestWhatClientsRepeatIsLoggedOnceASecond(t *testing.T) {
 		{"store out of reach", registerRoute, 503, nil, errUnavailable},
 		{"store refuses", registerRoute, 503, nil, errRefused},
 	} {
-		virtually(t, tt.msg, 1, func(s *insider) {
+		inVirtualTime(t, tt.msg, func(t *testing.T) {
+			s := newUnit(t, unitConfig{})
 			s.expectErrors()
 			s.trouble = failing("Create", tt.trouble)
 			if tt.msg == "throttled" {
@@ -3103,8 +3089,8 @@ func TestWhatClientsRepeatIsLoggedOnceASecond(t *testing.T) {
 }
 
 func TestEachStoreHasLinesOfItsOwn(t *testing.T) {
-	t.Parallel()
-	virtually(t, "both out of reach", 1, func(s *insider) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newUnit(t, unitConfig{})
 		s.expectErrors()
 		s.trouble = failing("Ping", errUnavailable)
 		s.breakFile()
@@ -3202,7 +3188,7 @@ func TestAProxyThatNobodyTrustsIsWarnedOfOnce(t *testing.T) {
 	t.Parallel()
 	const peer, forwarded = "peer 10.1.2.3", "X-Forwarded-For: 203.0.113.5"
 	for _, first := range []string{registerRoute, signInRoute} {
-		s := newInsider(t, 1, bcrypt.MinCost)
+		s := newUnit(t, unitConfig{})
 		session := newUUID()
 		s.sessions.Create(t.Context(), session, testUser(1), time.Hour)
 		for _, tt := range []struct {
@@ -3236,7 +3222,7 @@ func TestAProxyThatNobodyTrustsIsWarnedOfOnce(t *testing.T) {
 func TestEveryWrongPasswordCostsTheSame(t *testing.T) {
 	t.Parallel()
 	const cost = 7
-	s := newInsider(t, 1, cost)
+	s := newUnit(t, unitConfig{bcryptCost: cost})
 	right := hashOf(t, password, bcrypt.MinCost)
 	empty := hashOf(t, "", bcrypt.MinCost)
 	nuls := strings.Repeat("\x00", 72) // all that bcrypt reads of a password
@@ -3299,7 +3285,7 @@ func TestEveryWrongPasswordCostsTheSame(t *testing.T) {
 // A flood of registrations runs no faster than bcrypt does, whatever comes of them.
 func TestATakenEmailCostsWhatAFreeOneDoes(t *testing.T) {
 	t.Parallel()
-	s := newInsider(t, 1, 10)
+	s := newUnit(t, unitConfig{bcryptCost: 10})
 	fastest := func(status int, email func() string) time.Duration {
 		best := time.Hour
 		for range 3 {
@@ -3322,7 +3308,7 @@ func TestATakenEmailCostsWhatAFreeOneDoes(t *testing.T) {
 
 func TestWeakHashesAreStoredAnew(t *testing.T) {
 	t.Parallel()
-	s := newInsider(t, 1, 6) // its sessions live elsewhere than its accounts
+	s := newUnit(t, unitConfig{bcryptCost: 6}) // its sessions live elsewhere than its accounts
 	stored := func(email string) string {
 		s.server.drain(t.Context())
 		return query[string](s.service, `SELECT password FROM users WHERE email = ?`, email)
@@ -3387,7 +3373,8 @@ func TestWhatAClientThatLeftAskedForLeavesNoHalves(t *testing.T) {
 		{name: "loses the race", route: registerRoute, hasRival: true, next: 429},
 		{name: "signs in, cannot end the old one", route: signInRoute, cookie: cookie(old), next: 401},
 	} {
-		virtually(t, tt.name, 1, func(s *insider) {
+		inVirtualTime(t, tt.name, func(t *testing.T) {
+			s := newUnit(t, unitConfig{})
 			s.failures(99, "#@example.com")
 			s.sessions.Create(s.Context(), old, testUser(1), time.Hour)
 			if tt.route == signInRoute {
@@ -3429,7 +3416,7 @@ func openRedisSessions(t testing.TB, url string) *redisSessions {
 
 func TestSessionStores(t *testing.T) {
 	t.Parallel()
-	t.Run("map", func(t *testing.T) { testSessionStore(t, newMapSessions()) })
+	t.Run("map", func(t *testing.T) { testSessionStore(t, newMapSessions(failing("", nil))) })
 	t.Run("sqlite", func(t *testing.T) { testSessionStore(t, &sqliteSessions{openTestDatabase(t)}) })
 	t.Run("redis", func(t *testing.T) { testSessionStore(t, openRedisSessions(t, redisURL(t))) })
 }
@@ -4961,7 +4948,7 @@ func TestEveryAccountOfTheOriginalSignsInAsItDid(t *testing.T) {
 		quote(createdAt), quote(updateAt), iif(id IN ('strong', 'stronger', 'empty'), password, '')),
 		char(10)) FROM users`
 	before := query[string](file, rows)
-	s := startWith(t, func(cfg *config) { cfg.server.bcryptCost = 5 }, "DB_PATH="+file.dbPath)
+	s := start(t, "BCRYPT_COST=5", "DB_PATH="+file.dbPath)
 	for range 2 { // the second time with the hash as it was upgraded
 		for _, a := range accounts {
 			want := userJSON(User{a.id, "Ünï Cödé ", a.email, millisTime, millisTime})
@@ -5156,7 +5143,7 @@ func TestAFileKeepsItsJournalModeWhereThereIsNoSharedMemory(t *testing.T) {
 		if err := syscall.Mkfifo(pipe, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		status, _, stderr := runWith(t, nil, "DB_PATH="+file.dbPath)
+		status, _, stderr := runWith(t.Context(), t, nil, "DB_PATH="+file.dbPath)
 		if status != 1 || !strings.Contains(stderr, "no shared memory") ||
 			!strings.Contains(stderr, filepath.Dir(file.dbPath)) {
 			t.Errorf("status %d, want 1 and that there is no shared memory: %s", status, stderr)
@@ -5310,7 +5297,7 @@ func TestFilesOfOtherProgramsAreLeftAsTheyWere(t *testing.T) {
 		if err := os.CopyFS(filepath.Dir(crashed.dbPath), os.DirFS(filepath.Dir(file.dbPath))); err != nil {
 			t.Fatal(err)
 		}
-		status, _, stderr := runWith(t, nil, "DB_PATH="+crashed.dbPath)
+		status, _, stderr := runWith(t.Context(), t, nil, "DB_PATH="+crashed.dbPath)
 		if status != 1 || !strings.Contains(stderr, foreign) {
 			t.Errorf("status %d, want 1: %s", status, stderr)
 		}
@@ -5364,15 +5351,13 @@ func besideALog(t *testing.T) (path string) {
 	return backup.dbPath
 }
 
-// runOn runs the program on a file, tells it to stop as soon as it listens, and checks what it says: nothing,
-// or that it cannot run. Then what stands at the path must be as it was.
+// runOn runs the program on a file until it listens, and checks what it says: nothing, or that it cannot run.
+// Then what stands at the path must be as it was.
 func runOn(t *testing.T, path string, message ...string) {
 	t.Helper()
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
 	files := func() string {
 		text := ""
-		names, _ := filepath.Glob(filepath.Dir(path) + "/*")
+		names, _ := filepath.Glob(path + "*")
 		for _, name := range names {
 			if !strings.HasSuffix(name, "-shm") { // which whoever reads a log uses
 				content, _ := os.ReadFile(name)
@@ -5381,23 +5366,16 @@ func runOn(t *testing.T, path string, message ...string) {
 		}
 		return text
 	}
-	env := environ(t, []string{"DB_PATH=" + path})
 	before := files()
-	var stderr logBuffer
-	stopping := writerFunc(func(line []byte) (int, error) {
-		if bytes.Contains(line, []byte(`"listening"`)) {
-			cancel()
-		}
-		return stderr.Write(line)
-	})
-	status := run(ctx, nil, func(name string) string { return env[name] }, io.Discard, stopping)
-	if want := min(len(message), 1); status != want {
-		t.Errorf("status %d, want %d: %s", status, want, &stderr)
+	status, _, stderr := runWith(t.Context(), t, nil, "DB_PATH="+path)
+	listened := strings.Contains(stderr, `"listening"`)
+	if want := min(len(message), 1); status != want || listened != (message == nil) {
+		t.Errorf("status %d, want %d: %s", status, want, stderr)
 	}
 	if message == nil {
 		return
 	}
-	text := strings.ReplaceAll(stderr.String(), `\`, "") // which stands before each quote within JSON
+	text := strings.ReplaceAll(stderr, `\`, "") // which stands before each quote within JSON
 	for _, part := range append(message, "DB_PATH", path) {
 		if !strings.Contains(text, part) {
 			t.Errorf("want %s in: %s", part, text)
@@ -5723,9 +5701,7 @@ func wantEnds(t testing.TB, url string) {
 }
 
 func TestASignInIsAnsweredInTimeWhenTheOldSessionCannotBeEnded(t *testing.T) {
-	virtually(t, "slow to log in, slow to create", 1, func(s *insider) {
-		s.expectErrors()
-		s.addAccount(adaEmail, bcrypt.MinCost)
+	synctest.Test(t, func(t *testing.T) {
 		f := &fakeRedis{answer: func(command []string) string {
 			switch command[0] {
 			case "HGETALL":
@@ -5735,8 +5711,10 @@ func TestASignInIsAnsweredInTimeWhenTheOldSessionCannotBeEnded(t *testing.T) {
 			}
 			return plainReply(command)
 		}}
-		sessions := virtualSessions(s, "redis://:password@h", fakeNodes{"h:6379": f}.find)
-		s.server = newServer(s.server.cfg, s.server.accounts, sessions, s.server.log)
+		sessions := virtualSessions(t, "redis://:password@h", fakeNodes{"h:6379": f}.find)
+		s := newUnit(t, unitConfig{sessions: sessions})
+		s.expectErrors()
+		s.addAccount(adaEmail, bcrypt.MinCost)
 		lookup := s.request(s.Context(), oneAddr, "GET /user", "", "", cookie(newUUID()))
 		if lookup.status != 503 { // and the connection has ended
 			s.Errorf("GET /user: status %d, want 503", lookup.status)
@@ -6625,7 +6603,7 @@ func TestNoStatementReadsAWholeTable(t *testing.T) {
 
 func TestAFullDiskIs503AndLosesNothing(t *testing.T) {
 	t.Parallel()
-	s := startLimited(t, "ulimit -f 200", "REDIS_URL="+redisURL(t)) // blocks of 512 or 1,024 bytes
+	s := startProcess(t, beforeEnv+"=ulimit -f 200", "REDIS_URL="+redisURL(t)) // blocks of 512 or 1,024 bytes
 	s.expectErrors()
 	user, id := s.register(newEmail())
 	var accounts sync.Map
@@ -6800,22 +6778,24 @@ func FuzzRegistration(f *testing.F) {
 	visible := regexp.MustCompile(`[^` + invisible + `]`)
 	forbidden := regexp.MustCompile(`[\p{Cc}\x{61c}\x{200e}\x{200f}\x{202a}-\x{202e}\x{2066}-\x{2069}]`)
 	address := regexp.MustCompile(`^` + inEmail + `@` + inEmail + `$`)
-	db := openTestDatabase(f)
+	s := newUnit(f, unitConfig{})
+	number := 0
 	f.Fuzz(func(t *testing.T, body string) {
 		skipLong(t, body)
-		s := testServer(db, newMapSessions(), io.Discard) // a new one, whose limits are far
-		w := serveOne(s, "POST", "/user", body)
-		checkReply(t, body, &reply{status: w.Code, header: w.Header(), body: w.Body.String()})
-		if w.Code == http.StatusBadRequest || w.Code == http.StatusRequestEntityTooLarge {
+		s.TB = t
+		defer func() { s.TB = f }()
+		number++
+		client := fmt.Sprintf("2001:db8:%x:%x::1", number>>16, number&0xffff) // whose limits are far
+		a := s.serve(t.Context(), client, registerRoute, body)
+		if a.status == http.StatusBadRequest || a.status == http.StatusRequestEntityTooLarge {
 			return
 		}
 		var created registration
-		if err := json.Unmarshal(w.Body.Bytes(), &created); err != nil || w.Code != http.StatusCreated {
-			t.Fatalf("POST /user %q: status %d, want 201, 400 or 413: %v: %s", body, w.Code, err, w.Body)
+		if err := json.Unmarshal([]byte(a.body), &created); err != nil || a.status != http.StatusCreated {
+			t.Fatalf("POST /user %q: status %d, want 201, 400 or 413: %v: %s", body, a.status, err, a.body)
 		}
-		if _, err := db.writer.Exec(`DELETE FROM users`); err != nil { // the next may have the same email
-			t.Fatal(err)
-		}
+		s.exec(`DELETE FROM users`) // the next may have the same email
+		s.log.text.Reset()
 		var typed map[string]any
 		json.Unmarshal([]byte(strings.TrimPrefix(body, "\ufeff")), &typed)
 		name := strings.TrimSpace(typed["name"].(string))
@@ -6973,7 +6953,7 @@ func compare(b *testing.B, subject func() speed, baselines map[string]func() spe
 	}
 }
 
-// startTuned is start with the runtime as the program tunes it, between its configuration and its start.
+// startTuned is start with the runtime as the program tunes it.
 func startTuned(b *testing.B, vars ...string) *service {
 	b.Helper()
 	threads := runtime.GOMAXPROCS(0)
@@ -6982,7 +6962,8 @@ func startTuned(b *testing.B, vars ...string) *service {
 		runtime.GOMAXPROCS(threads)
 		debug.SetGCPercent(percent)
 	})
-	return startWith(b, func(*config) { tuneRuntime(func(string) string { return "" }) }, vars...)
+	tuneRuntime(func(string) string { return "" })
+	return start(b, vars...)
 }
 
 // lookups asks a server whose session id is, each worker on a connection of its own.
@@ -7037,7 +7018,7 @@ func startPooled(b *testing.B, redisURL string) (url string) {
 	dial := func() (redis.Conn, error) { return redis.DialURL(redisURL) }
 	sessions := &pooledSessions{pool: redis.Pool{MaxIdle: 64, Dial: dial}}
 	b.Cleanup(func() { sessions.pool.Close() })
-	s := testServer(nil, sessions, io.Discard)
+	s := newUnit(b, unitConfig{sessions: sessions}).server
 	hs := httptest.NewUnstartedServer(s)
 	hs.Listener = &listener{Listener: hs.Listener, server: s}
 	hs.Start()
