@@ -306,13 +306,14 @@ const (
 	operationTimeout = 2 * time.Second  // of an operation, from its beginning to its replies
 	proofTimeout     = time.Second      // of a connection, from one proof to the next
 	connectTimeout   = 10 * time.Second // name, TCP, TLS, login and first ECHO together
-	sentinelTimeout  = time.Second / 2  // asking one sentinel
+	attemptInterval  = time.Second      // of connecting anew while no attempt has succeeded
+	sentinelPatience = time.Second / 2  // with the other sentinels once one has answered
 	sentinelInterval = 3 * time.Second  // of asking the sentinels while a connection stands
-	attemptInterval  = time.Second      // between attempts to connect while none has succeeded
 	minLife          = time.Second / 10 // of a pipeline, so that no server is dialled more often
-	minStay          = time.Second      // at a server, before another is looked for
+	minStay          = time.Second      // at a server that is none to ask
 	maxQueued        = 8192             // operations that wait to be sent
 	maxInFlight      = 512              // operations that wait for their replies
+	maxFlush         = 64               // operations that are proved together
 	slotCount        = 16384            // of a cluster
 	maxRedirections  = 5                // of one operation
 )
@@ -329,8 +330,9 @@ var (
 
 	errOutOfStep = errors.New("replies out of step")
 	errNoPrimary = errors.New("is no primary")
-	errLeft      = errors.New("left for another server")
+	errNoneToAsk = errors.New("is no primary any more, or no node of its cluster")
 	errReplaced  = errors.New("the sentinels name another primary")
+	errNotNeeded = errors.New("not needed")
 )
 
 // refusedError is what Redis said no with. It is an errRefused.
@@ -386,12 +388,6 @@ func newOperation(commands []command, sends int, deadline time.Time) *operation 
 	}
 }
 
-// isLate tells whether the operation has waited for longer than it has left. Such a one is not sent any more:
-// an overloaded Redis would answer it too late.
-func (op *operation) isLate(now time.Time) bool {
-	return now.Sub(op.begun) > op.deadline.Sub(now)
-}
-
 // finish ends the operation, with nil when its replies are proved. Nothing comes of it after a time-out.
 func (op *operation) finish(err error) {
 	select {
@@ -406,14 +402,14 @@ func finishAll(operations []*operation, err error) {
 	}
 }
 
-// refusal returns the first error among replies and, of EXEC's, their elements.
-func refusal(replies []any) (redis.Error, bool) {
+// firstError returns the first error among replies and, of EXEC's, their elements.
+func firstError(replies []any) (text redis.Error, ok bool) {
 	for _, reply := range replies {
 		switch reply := reply.(type) {
 		case redis.Error:
 			return reply, true
 		case []any:
-			if text, ok := refusal(reply); ok {
+			if text, ok := firstError(reply); ok {
 				return text, true
 			}
 		}
@@ -425,14 +421,14 @@ func refusal(replies []any) (redis.Error, bool) {
 // Operations may come while it connects. One goroutine connects, sends, and ends the pipeline (run); another
 // receives. Whoever takes an operation out of the queue sees to it that it is finished.
 type pipeline struct {
-	name     string // of the server, for messages
-	isEntry  bool   // of the router, and no node of a cluster
-	patience time.Duration
-	dial     func(ctx context.Context, attempt int) (*redisConn, error)
-	forget   func(*pipeline) // called before the pipeline takes no more operations
-	stats    *redisStats
-	closing  context.Context // ends when the store is closed
-	wake     chan struct{}   // holds an element if the queue may have become longer
+	name    string   // of the server, for messages
+	isEntry bool     // of the router, and no node of a cluster
+	addrs   []string // that dial is called with, the best first
+	dial    func(ctx context.Context, addr string) (*redisConn, error)
+	forget  func(*pipeline) // called before the pipeline takes no more operations
+	stats   *redisStats
+	closing context.Context // ends when the store is closed
+	wake    chan struct{}   // holds an element if the queue may have become longer
 
 	mu    sync.Mutex
 	queue []*operation
@@ -440,8 +436,8 @@ type pipeline struct {
 	ended bool       // it takes no more operations
 }
 
-// do has an operation sent, and returns when it is answered or at its deadline. After an errTimeout nothing of
-// the operation may be read: it may yet be sent.
+// do has an operation sent, and returns when it is answered or at its deadline. After an errTimeout nothing
+// of the operation may be read: it may yet be sent.
 func (p *pipeline) do(op *operation) error {
 	if err := p.enqueue(op); err != nil {
 		return err
@@ -451,7 +447,10 @@ func (p *pipeline) do(op *operation) error {
 	if err := <-op.done; err != nil {
 		return err
 	}
-	return p.refused(op.replies)
+	if text, ok := firstError(op.replies); ok {
+		return p.standing().refused(text)
+	}
+	return nil
 }
 
 func (p *pipeline) timeout() error {
@@ -484,104 +483,98 @@ func (p *pipeline) enqueue(op *operation) error {
 // lost returns the error for operations that were not sent before the end.
 func (p *pipeline) lost() error { return fmt.Errorf("%w: %s", errLost, p.name) }
 
-// standing returns the connection, nil if none stands.
+// standing returns the connection, also after it has ended, and nil before there is one.
 func (p *pipeline) standing() *redisConn {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.conn == nil || p.conn.hasEnded() {
-		return nil
-	}
 	return p.conn
 }
 
-// leave ends the connection if it is older than age.
-func (p *pipeline) leave(age time.Duration) {
-	if conn := p.standing(); conn != nil && time.Since(conn.since) > age {
-		conn.fail(errLeft)
-	}
+// leave ends the connection, once it is older than minStay. So reads go on, but for a moment in each second,
+// where a server refuses writes alone and there is no other.
+func (p *pipeline) leave() {
+	conn := p.standing()
+	time.AfterFunc(minStay-time.Since(conn.since), func() { conn.fail(errNoneToAsk) })
 }
 
-// refused returns a refusedError if Redis refused anything of an operation.
-func (p *pipeline) refused(replies []any) error {
-	text, ok := refusal(replies)
-	if !ok {
-		return nil
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.conn.refused(text)
-}
-
-// run is the life of a pipeline.
+// run is the life of a pipeline. What is queued at its end is told after the router has forgotten it, so that
+// who tries again finds another one.
 func (p *pipeline) run() {
-	grownUp := time.After(minLife)
+	pause := time.After(minLife)
 	conn, err := p.connect()
 	if err == nil {
 		p.serve(conn)
 		err = p.lost()
-	} else {
-		finishAll(p.take(maxQueued), err)
 	}
 	select {
-	case <-grownUp:
+	case <-pause:
 	case <-p.closing.Done():
 	}
-	p.forget(p) // first, so that whoever is told of the end finds another pipeline
+	p.forget(p)
 	p.mu.Lock()
 	p.ended = true
 	p.mu.Unlock()
 	finishAll(p.take(maxQueued), err)
 }
 
-// connect makes one attempt, and another each attemptInterval, and returns the first connection to stand. It
-// fails with the latest error when no attempt is left.
-func (p *pipeline) connect() (*redisConn, error) {
-	late := fmt.Errorf("%s: no connection within %v", p.name, p.patience)
-	ctx, cancel := context.WithTimeoutCause(p.closing, p.patience, late)
-	defer cancel() // ends the attempts that are left
-	attempts := make(chan attempt)
-	started := 0
-	start := func() {
-		go p.attempt(ctx, started, attempts)
-		started++
-	}
-	start()
-	next := time.NewTicker(attemptInterval)
-	defer next.Stop()
-	failed := 0
-	for {
-		select {
-		case a := <-attempts:
-			if a.err == nil {
-				return a.conn, nil
-			}
-			failed++
-			if failed == started {
-				// %v: what a server refuses at login is no refusal of what waits.
-				return nil, fmt.Errorf("%w: %v", errNotConnected, a.err)
-			}
-		case <-next.C:
-			start()
-		case <-ctx.Done():
-			return nil, fmt.Errorf("%w: %w", errNotConnected, context.Cause(ctx))
-		}
-	}
-}
-
-// attempt is what came of one attempt to connect.
-type attempt struct {
+// dialed is what came of one attempt to connect.
+type dialed struct {
 	conn *redisConn
 	err  error
 }
 
-func (p *pipeline) attempt(ctx context.Context, number int, attempts chan<- attempt) {
+// connect returns the first connection to stand. It dials the best address, the next one when that fails, and
+// all of them each attemptInterval. It fails when no attempt is left.
+func (p *pipeline) connect() (*redisConn, error) {
+	late := fmt.Errorf("%s: no connection within %v", p.name, connectTimeout)
+	ctx, cancel := context.WithTimeoutCause(p.closing, connectTimeout, late)
+	defer cancel() // ends the attempts that are left
+	results := make(chan dialed)
+	left := p.addrs // to be dialled for the first time
+	attempts := 0   // in progress
+	start := func(addr string) {
+		attempts++
+		go p.attempt(ctx, addr, results)
+	}
+	startNext := func() {
+		if len(left) > 0 {
+			start(left[0])
+			left = left[1:]
+		}
+	}
+	again := time.NewTicker(attemptInterval)
+	defer again.Stop()
+	var errs []error
+	for startNext(); attempts > 0; {
+		select {
+		case result := <-results:
+			if result.err == nil {
+				return result.conn, nil
+			}
+			attempts--
+			errs = append(errs, result.err)
+			startNext()
+		case <-again.C:
+			left = nil
+			for _, addr := range p.addrs {
+				start(addr)
+			}
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: %w", errNotConnected, context.Cause(ctx))
+		}
+	}
+	// %v: what a server refuses at login is no refusal of what waits.
+	return nil, fmt.Errorf("%w: %v", errNotConnected, errors.Join(errs...))
+}
+
+func (p *pipeline) attempt(ctx context.Context, addr string, results chan<- dialed) {
 	p.stats.dials.Add(1)
-	conn, err := p.dial(ctx, number)
+	conn, err := p.dial(ctx, addr)
 	select {
-	case attempts <- attempt{conn, err}:
+	case results <- dialed{conn, err}:
 	case <-ctx.Done(): // another one was first, or time is up
 		if err == nil {
-			conn.fail(errLeft)
+			conn.fail(errNotNeeded)
 		}
 	}
 }
@@ -591,6 +584,7 @@ func (p *pipeline) serve(conn *redisConn) {
 	stop := context.AfterFunc(p.closing, func() { conn.fail(errClosed) })
 	defer stop()
 	p.mu.Lock()
+	conn.since = time.Now()
 	p.conn = conn
 	p.mu.Unlock()
 	go conn.receive()
@@ -607,7 +601,7 @@ func (p *pipeline) serve(conn *redisConn) {
 				break
 			}
 			p.stats.flushes.Add(1)
-			conn.send(p.dropLate(operations))
+			conn.send(p.dropLate(operations, conn.since))
 		}
 	}
 }
@@ -622,11 +616,13 @@ func (p *pipeline) take(n int) []*operation {
 	return taken
 }
 
-// dropLate finishes the operations that are too late to be sent, and returns the others.
-func (p *pipeline) dropLate(operations []*operation) []*operation {
+// dropLate finishes the operations that have waited, since the connection stands, for longer than they have
+// left, and returns the others. An overloaded server would answer them too late.
+func (p *pipeline) dropLate(operations []*operation, standsSince time.Time) []*operation {
 	now := time.Now()
 	return slices.DeleteFunc(operations, func(op *operation) bool {
-		late := op.isLate(now)
+		waited := min(now.Sub(op.begun), now.Sub(standsSince))
+		late := waited > op.deadline.Sub(now)
 		if late {
 			op.finish(fmt.Errorf("%w: %s: too many requests were before it", errTimeout, p.name))
 		}
@@ -638,10 +634,9 @@ func (p *pipeline) dropLate(operations []*operation) []*operation {
 type redisConn struct {
 	server string // host:port
 	user   string // that is logged in, "" for the default one
-	place  int    // of its address in the list that was dialled
 	socket net.Conn
-	redis  redis.Conn // encodes commands into the socket, and reads replies from it
-	since  time.Time
+	redis  redis.Conn    // encodes commands into the socket, and reads replies from it
+	since  time.Time     // in use
 	nonce  string        // never used before; each flush adds its number
 	ended  chan struct{} // closed when err is set
 
@@ -668,7 +663,6 @@ func newRedisConn(server, user string, socket, stream net.Conn) *redisConn {
 		user:   user,
 		socket: socket,
 		redis:  redis.NewConn(heldConn{stream}, 0, 0),
-		since:  time.Now(),
 		nonce:  rand.Text(),
 		ended:  make(chan struct{}),
 	}
@@ -702,8 +696,8 @@ func (c *redisConn) refused(text redis.Error) error {
 	return &refusedError{server: c.server, user: c.user, text: string(text)}
 }
 
-// room waits until more operations may be in flight, and returns how many: 0 when the connection has ended.
-// The bound lets a slow server prove something within proofTimeout.
+// room waits until more operations may be in flight, and returns how many in one flush: 0 when the connection
+// has ended. So a slow server proves something within proofTimeout, and answers in time what it is sent.
 func (c *redisConn) room() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -713,7 +707,7 @@ func (c *redisConn) room() int {
 	if c.err != nil {
 		return 0
 	}
-	return maxInFlight - c.operations
+	return min(maxInFlight-c.operations, maxFlush)
 }
 
 // send sends operations as a flush. Only one goroutine may call it.
@@ -814,8 +808,11 @@ func (c *redisConn) oldest() *flush {
 // prove takes the oldest flush out of flight if the reply to its ECHO proves it, and gives the next one
 // proofTimeout from now.
 func (c *redisConn) prove(f *flush, proof any) error {
+	if text, ok := proof.(redis.Error); ok {
+		return fmt.Errorf("ECHO: %v", c.refused(text)) // %v: not proved, so it refuses no operation
+	}
 	if nonce, ok := proof.([]byte); !ok || string(nonce) != f.nonce {
-		return c.explain(f, proof)
+		return errOutOfStep
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -833,26 +830,11 @@ func (c *redisConn) prove(f *flush, proof any) error {
 	return nil
 }
 
-// explain returns why a flush is not proved. Redis may have refused the ECHO, or an EXEC: then the ECHO was
-// queued in its transaction.
-func (c *redisConn) explain(f *flush, proof any) error {
-	replies := []any{proof}
-	for _, op := range f.operations {
-		replies = append(replies, op.replies...)
-	}
-	if text, ok := refusal(replies); ok {
-		return fmt.Errorf("%w: %w", errOutOfStep, c.refused(text))
-	}
-	return errOutOfStep
-}
-
-func (c *redisConn) hasEnded() bool {
-	select {
-	case <-c.ended:
-		return true
-	default:
-		return false
-	}
+// stands tells whether the connection has not ended.
+func (c *redisConn) stands() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err == nil
 }
 
 // fail ends the connection. Every connection ends here, and the first error wins.
@@ -878,14 +860,40 @@ type redisDialer struct {
 	dialTCP func(ctx context.Context, network, addr string) (net.Conn, error)
 }
 
-// dial connects to the first server of addrs that answers before ctx ends, beginning at index first.
-func (d *redisDialer) dial(ctx context.Context, addrs []string, first int) (*redisConn, error) {
+// dialServer connects to a server, logs in and has it answer.
+func (d *redisDialer) dialServer(ctx context.Context, addr string) (*redisConn, error) {
+	return d.open(ctx, addr, func(conn *redisConn) error {
+		if err := d.logIn(conn); err != nil {
+			return err
+		}
+		return echo(conn)
+	})
+}
+
+// dialNode connects to a node of a cluster. Another Redis may have taken its address: that refuses ASKING.
+func (d *redisDialer) dialNode(ctx context.Context, addr string) (*redisConn, error) {
+	return d.open(ctx, addr, func(conn *redisConn) error {
+		if err := d.logIn(conn); err != nil {
+			return err
+		}
+		if _, err := conn.do("ASKING"); err != nil {
+			return err
+		}
+		return echo(conn)
+	})
+}
+
+// dialPrimary connects to the newest primary that the sentinels name and that is one. At the moment of a
+// failover it may not be yet.
+func (d *redisDialer) dialPrimary(ctx context.Context) (*redisConn, error) {
+	addrs, err := d.askSentinels(ctx)
+	if err != nil {
+		return nil, err
+	}
 	var errs []error
-	for i := range addrs {
-		place := (first + i) % len(addrs)
-		conn, err := d.dialAt(ctx, addrs[place])
+	for _, addr := range addrs {
+		conn, err := d.dialNamed(ctx, addr)
 		if err == nil {
-			conn.place = place
 			return conn, nil
 		}
 		errs = append(errs, err)
@@ -893,105 +901,133 @@ func (d *redisDialer) dial(ctx context.Context, addrs []string, first int) (*red
 	return nil, errors.Join(errs...)
 }
 
-// dialAt connects to the server at addr, or to the primary that the sentinel at addr knows. One that has not
-// heard of a failover yet names the old primary. So the server is asked for its role.
-func (d *redisDialer) dialAt(ctx context.Context, addr string) (*redisConn, error) {
-	if d.target.primary == "" {
-		return d.dialServer(ctx, addr)
-	}
-	server, err := d.askSentinel(ctx, addr)
+// dialNamed connects to the server that sentinels call the primary, if it is one.
+func (d *redisDialer) dialNamed(ctx context.Context, addr string) (*redisConn, error) {
+	conn, err := d.open(ctx, addr, func(conn *redisConn) error {
+		if err := d.logIn(conn); err != nil {
+			return err
+		}
+		role, err := redis.Values(conn.do("ROLE"))
+		if err != nil {
+			return err
+		}
+		if len(role) == 0 || fmt.Sprintf("%s", role[0]) != "master" {
+			return errNoPrimary
+		}
+		return echo(conn)
+	})
 	if err != nil {
-		return nil, fmt.Errorf("sentinel %w", err)
-	}
-	conn, err := d.dialServer(ctx, server)
-	if err != nil {
-		return nil, fmt.Errorf("sentinel %s: %w", addr, err)
+		return nil, fmt.Errorf("the primary that the sentinels name: %w", err)
 	}
 	return conn, nil
 }
 
-// dialServer connects to a server, logs in, selects the database and has it answer an ECHO.
-func (d *redisDialer) dialServer(ctx context.Context, addr string) (*redisConn, error) {
-	return d.connect(ctx, addr, func(conn *redisConn) error {
-		if d.target.user != "" || d.target.password != "" {
-			if err := d.logIn(conn); err != nil {
-				return err
-			}
-		}
-		if d.target.database != 0 {
-			if _, err := conn.do("SELECT", d.target.database); err != nil {
-				return err
-			}
-		}
-		if d.target.primary != "" {
-			if err := checkPrimary(conn); err != nil {
-				return err
-			}
-		}
-		echo, err := redis.String(conn.do("ECHO", conn.nonce))
-		if err == nil && echo != conn.nonce {
-			return errOutOfStep
-		}
-		return err
-	})
-}
-
-// logIn is not left to redigo's dialling, which ignores a user without a password.
+// logIn logs in and selects the database. It is not left to redigo's dialling, which ignores a user without a
+// password.
 func (d *redisDialer) logIn(conn *redisConn) error {
-	if d.target.user == "" {
-		_, err := conn.do("AUTH", d.target.password)
-		return err
+	var login []any
+	if d.target.user != "" {
+		login = append(login, d.target.user)
 	}
-	_, err := conn.do("AUTH", d.target.user, d.target.password)
-	return err
-}
-
-func checkPrimary(conn *redisConn) error {
-	role, err := redis.Values(conn.do("ROLE"))
-	if err != nil {
-		return err
+	if d.target.user != "" || d.target.password != "" {
+		if _, err := conn.do("AUTH", append(login, d.target.password)...); err != nil {
+			return err
+		}
 	}
-	if len(role) == 0 || fmt.Sprintf("%s", role[0]) != "master" {
-		return errNoPrimary
+	if d.target.database != 0 {
+		if _, err := conn.do("SELECT", d.target.database); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-// askSentinel returns the address of the primary that a sentinel knows. A sentinel is told the password only
-// when it asks for one.
-func (d *redisDialer) askSentinel(ctx context.Context, sentinel string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, sentinelTimeout)
-	defer cancel()
-	var addr []string
-	ask := func(conn *redisConn) (err error) {
-		addr, err = redis.Strings(conn.do("SENTINEL", "get-master-addr-by-name", d.target.primary))
-		return err
+// echo has a server answer before its connection is used.
+func echo(conn *redisConn) error {
+	text, err := redis.String(conn.do("ECHO", conn.nonce))
+	if err == nil && text != conn.nonce {
+		return errOutOfStep
 	}
-	conn, err := d.connect(ctx, sentinel, func(conn *redisConn) error {
-		err := ask(conn)
+	return err
+}
+
+// sentinelAnswer is what a sentinel knows of the primary.
+type sentinelAnswer struct {
+	primary string // host:port
+	epoch   int    // of its configuration: a failover makes a higher one
+	err     error
+}
+
+// askSentinels returns the primaries that the sentinels name, the newest first: a sentinel that a partition
+// cuts off from the others names an old one. An error means that no sentinel has answered before ctx ended.
+func (d *redisDialer) askSentinels(ctx context.Context) ([]string, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // ends the wait for those that are late
+	answers := make(chan sentinelAnswer, len(d.target.addrs))
+	for _, sentinel := range d.target.addrs {
+		go func() { answers <- d.askSentinel(ctx, sentinel) }()
+	}
+	var known []sentinelAnswer
+	var errs []error
+	var enough <-chan time.Time
+collect:
+	for range d.target.addrs {
+		select {
+		case answer := <-answers:
+			if answer.err != nil {
+				errs = append(errs, answer.err)
+				continue
+			}
+			known = append(known, answer)
+			enough = time.After(sentinelPatience)
+		case <-enough:
+			break collect
+		}
+	}
+	if len(known) == 0 {
+		return nil, errors.Join(errs...)
+	}
+	slices.SortStableFunc(known, func(a, b sentinelAnswer) int { return b.epoch - a.epoch })
+	var primaries []string
+	for _, answer := range known {
+		primaries = append(primaries, answer.primary)
+	}
+	return slices.Compact(primaries), nil
+}
+
+// askSentinel asks one sentinel. It is told the password only when it asks for one.
+func (d *redisDialer) askSentinel(ctx context.Context, sentinel string) (answer sentinelAnswer) {
+	conn, err := d.open(ctx, sentinel, func(conn *redisConn) error {
+		addr, err := redis.Strings(conn.do("SENTINEL", "get-master-addr-by-name", d.target.primary))
 		if isRefusal(err, "NOAUTH") && d.target.password != "" {
 			if _, err := conn.do("AUTH", d.target.password); err != nil {
 				return err
 			}
-			err = ask(conn)
+			addr, err = redis.Strings(conn.do("SENTINEL", "get-master-addr-by-name", d.target.primary))
 		}
 		if errors.Is(err, redis.ErrNil) {
 			return fmt.Errorf("knows no primary %q", d.target.primary)
 		}
-		if err == nil && len(addr) != 2 {
+		if err != nil {
+			return err
+		}
+		if len(addr) != 2 {
 			return errReplyKind
 		}
-		return err
+		answer.primary = net.JoinHostPort(addr[0], addr[1])
+		details, _ := redis.StringMap(conn.do("SENTINEL", "MASTER", d.target.primary))
+		answer.epoch, _ = strconv.Atoi(details["config-epoch"]) // 0 from one that does not tell
+		return nil
 	})
 	if err != nil {
-		return "", err
+		return sentinelAnswer{err: fmt.Errorf("sentinel %w", err)}
 	}
-	conn.fail(errLeft)
-	return net.JoinHostPort(addr[0], addr[1]), nil
+	conn.fail(errNotNeeded)
+	return answer
 }
 
-// connect opens a connection and has greet talk to the server, until ctx ends.
-func (d *redisDialer) connect(
+// open opens a connection and has greet talk to the server, until ctx ends.
+func (d *redisDialer) open(
 	ctx context.Context, addr string, greet func(*redisConn) error,
 ) (*redisConn, error) {
 	socket, err := d.dialTCP(ctx, "tcp", addr)
@@ -1157,7 +1193,7 @@ type router struct {
 
 	mu        sync.Mutex
 	entry     *pipeline            // to the first server of REDIS_URL that answers; nil until it is needed
-	first     int                  // where dialling it begins in the list of addresses
+	avoided   string               // the server that was left last: the entry is dialled there after all others
 	nodes     map[string]*pipeline // by host:port
 	slots     [slotCount]*pipeline // the node of each slot that is known
 	isCluster bool                 // a server has redirected
@@ -1209,50 +1245,53 @@ func (r *router) do(ctx context.Context, key string, sends int, commands ...comm
 }
 
 // next returns the pipeline that an operation goes to after an error, nil for none, and whether ASKING goes
-// before it. What timed out goes nowhere: the server is slow enough without.
+// before it.
 func (r *router) next(key string, from *pipeline, op *operation, err error) (to *pipeline, asking bool) {
-	if errors.Is(err, errLost) {
-		if op.sends == 0 {
-			return nil, false
+	refusal, isRefused := errors.AsType[*refusedError](err)
+	switch {
+	case errors.Is(err, errTimeout): // the server is slow enough without a second try
+		if !from.isEntry {
+			r.unlearn(from)
 		}
+	case errors.Is(err, errLost) && op.sends > 0:
 		r.stats.retries.Add(1)
 		return r.serverOf(key), false
-	}
-	if errors.Is(err, errNotConnected) && !from.isEntry {
+	case errors.Is(err, errNotConnected) && !from.isEntry:
 		return r.serverOf(key), false
-	}
-	if refusal, ok := errors.AsType[*refusedError](err); ok {
-		return r.afterRefusal(key, from, refusal)
+	case isRefused:
+		return r.redirect(key, from, refusal)
 	}
 	return nil, false
 }
 
-// afterRefusal is next after a refusal. A redirection means that nothing was done.
-func (r *router) afterRefusal(key string, from *pipeline, refusal *refusedError) (to *pipeline, asking bool) {
+// redirect is next after a refusal. Redis redirects before it does anything.
+func (r *router) redirect(key string, from *pipeline, refusal *refusedError) (to *pipeline, asking bool) {
 	word, slot, addr := parseRedirection(refusal)
 	switch {
 	case word == "MOVED":
 		r.stats.redirections.Add(1)
 		to := r.moved(slot, addr)
 		if to == from { // the address may stand for several machines
-			from.leave(0)
+			to.standing().fail(errNoneToAsk)
 		}
 		return to, false
 	case word == "ASK":
 		r.stats.redirections.Add(1)
 		return r.asked(addr), true
-	case !from.isEntry && isRefusal(refusal, "CLUSTERDOWN"): // it may have left the cluster
-		r.unlearn(slotOf(key))
+	case isRefusal(refusal, "CLUSTERDOWN") && !from.isEntry: // it may have left the cluster
+		r.unlearn(from)
 		return r.serverOf(key), false
-	case isRefusal(refusal, "READONLY", "MASTERDOWN", "CLUSTERDOWN"): // it is none to ask
-		from.leave(minStay)
+	case isRefusal(refusal, "READONLY", "MASTERDOWN", "CLUSTERDOWN"):
+		from.leave()
 	}
 	return nil, false
 }
 
 // ping asks the entry and all nodes, and returns nil when one of them answers.
 func (r *router) ping(ctx context.Context) error {
+	r.mu.Lock()
 	nodes := r.standingNodes()
+	r.mu.Unlock()
 	answers := make(chan error, 1+len(nodes))
 	go func() {
 		_, err := r.do(ctx, "", sendAgain)
@@ -1283,14 +1322,34 @@ func (r *router) serverOf(key string) *pipeline {
 		}
 	}
 	if r.entry == nil {
-		r.entry = r.start(&pipeline{
-			name:     r.dialer.target.String(),
-			isEntry:  true,
-			patience: connectTimeout,
-			dial:     r.dialEntry,
-		})
+		r.entry = r.start(r.newEntry())
 	}
 	return r.entry
+}
+
+// newEntry returns a pipeline to one of the servers in REDIS_URL, or of the nodes that stand. The caller
+// holds r.mu.
+func (r *router) newEntry() *pipeline {
+	target := r.dialer.target
+	entry := &pipeline{name: target.String(), isEntry: true}
+	if target.primary != "" {
+		entry.addrs = []string{target.primary}
+		entry.dial = func(ctx context.Context, _ string) (*redisConn, error) {
+			return r.dialer.dialPrimary(ctx)
+		}
+		return entry
+	}
+	entry.dial = r.dialer.dialServer
+	entry.addrs = slices.Clone(target.addrs)
+	for _, node := range r.standingNodes() {
+		if !slices.Contains(entry.addrs, node.name) {
+			entry.addrs = append(entry.addrs, node.name)
+		}
+	}
+	if i := slices.Index(entry.addrs, r.avoided); i >= 0 {
+		entry.addrs = slices.Concat(entry.addrs[i+1:], entry.addrs[:i+1])
+	}
+	return entry
 }
 
 // start starts a pipeline. The caller holds r.mu.
@@ -1303,27 +1362,12 @@ func (r *router) start(p *pipeline) *pipeline {
 	return p
 }
 
-// dialEntry connects to one of the servers in REDIS_URL, or of the nodes that stand.
-func (r *router) dialEntry(ctx context.Context, attempt int) (*redisConn, error) {
-	addrs := slices.Clone(r.dialer.target.addrs)
-	for _, node := range r.standingNodes() {
-		if !slices.Contains(addrs, node.name) {
-			addrs = append(addrs, node.name)
-		}
-	}
-	r.mu.Lock()
-	first := r.first
-	r.mu.Unlock()
-	return r.dialer.dial(ctx, addrs, first+attempt)
-}
-
-// standingNodes returns the nodes with a connection, in the order of their addresses.
+// standingNodes returns the nodes with a connection, in the order of their addresses. The caller holds r.mu.
 func (r *router) standingNodes() []*pipeline {
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	var standing []*pipeline
 	for _, addr := range slices.Sorted(maps.Keys(r.nodes)) {
-		if r.nodes[addr].standing() != nil {
+		conn := r.nodes[addr].standing()
+		if conn != nil && conn.stands() {
 			standing = append(standing, r.nodes[addr])
 		}
 	}
@@ -1352,49 +1396,45 @@ func (r *router) node(addr string) *pipeline {
 		r.log.Info("Redis is a cluster", "node", addr)
 	}
 	if r.nodes[addr] == nil {
-		r.nodes[addr] = r.start(&pipeline{
-			name:     addr,
-			patience: operationTimeout,
-			dial: func(ctx context.Context, _ int) (*redisConn, error) {
-				return r.dialer.dialServer(ctx, addr)
-			},
-		})
+		r.nodes[addr] = r.start(&pipeline{name: addr, addrs: []string{addr}, dial: r.dialer.dialNode})
 	}
 	return r.nodes[addr]
 }
 
-func (r *router) unlearn(slot int) {
+// unlearn drops what is known of a node's slots.
+func (r *router) unlearn(node *pipeline) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.slots[slot] = nil
+	r.forgetSlots(node)
 }
 
-// forget drops a pipeline that is about to end, and what is known of its slots. After a server that hung, or
-// that was left, the entry is dialled at the next address.
-func (r *router) forget(p *pipeline) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.entry == p {
-		r.entry = nil
-		if p.conn != nil {
-			r.first = p.conn.place
-			if errors.Is(p.conn.err, errTimeout) || errors.Is(p.conn.err, errLeft) {
-				r.first++
-			}
-		}
-	}
-	if r.nodes[p.name] == p {
-		delete(r.nodes, p.name)
-	}
+// forgetSlots is unlearn for who holds r.mu.
+func (r *router) forgetSlots(lost *pipeline) {
 	for slot, node := range r.slots[:] {
-		if node == p {
+		if node == lost {
 			r.slots[slot] = nil
 		}
 	}
 }
 
+// forget drops a pipeline that is about to end. An entry's server that hung, or that was left, is avoided.
+func (r *router) forget(p *pipeline) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.entry == p {
+		r.entry = nil
+		if p.conn != nil && (errors.Is(p.conn.err, errTimeout) || errors.Is(p.conn.err, errNoneToAsk)) {
+			r.avoided = p.conn.server
+		}
+	}
+	if r.nodes[p.name] == p {
+		delete(r.nodes, p.name)
+	}
+	r.forgetSlots(p)
+}
+
 // followPrimary asks the sentinels again and again. When they name another primary, which answers as one, the
-// connection to the old one ends, which may live on behind a partition.
+// connection to the old one ends: it may live on behind a partition.
 func (r *router) followPrimary() {
 	again := time.NewTicker(sentinelInterval)
 	defer again.Stop()
@@ -1407,24 +1447,22 @@ func (r *router) followPrimary() {
 		r.mu.Lock()
 		entry := r.entry
 		r.mu.Unlock()
-		if entry == nil {
-			continue
-		}
-		if conn := entry.standing(); conn != nil {
-			r.checkStillPrimary(conn)
+		if entry != nil && entry.standing() != nil {
+			r.checkStillPrimary(entry.standing())
 		}
 	}
 }
 
 func (r *router) checkStillPrimary(conn *redisConn) {
-	ctx, cancel := context.WithTimeout(r.closing, connectTimeout)
+	ctx, cancel := context.WithTimeout(r.closing, sentinelInterval)
 	defer cancel()
-	primary, err := r.dialer.dial(ctx, r.dialer.target.addrs, conn.place)
-	if err != nil {
+	primaries, err := r.dialer.askSentinels(ctx)
+	if err != nil || primaries[0] == conn.server {
 		return // as long as the connection stands the sentinels are not needed
 	}
-	primary.fail(errLeft)
-	if primary.server != conn.server {
+	other, err := r.dialer.dialNamed(ctx, primaries[0])
+	if err == nil {
+		other.fail(errNotNeeded)
 		conn.fail(errReplaced)
 	}
 }
