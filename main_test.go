@@ -2289,13 +2289,16 @@ func TestClientsHaveTheirTime(t *testing.T) {
 func TestClientsThatLeaveAtAnyStageHoldNobodyUp(t *testing.T) {
 	t.Parallel()
 	s := start(t)
+	s.expectErrors() // a slow disk may not take the last accounts in time
 	request := httpText("POST /user", credentials(newEmail(), password))
 	for n := range len(request) + 20 { // the last ones before their answer
 		conn := s.dialRaw()
 		io.WriteString(conn, request[:min(n, len(request))])
 		conn.Close()
 	}
-	s.register(newEmail())
+	eventually(t, 20*time.Second, "somebody who stays can register", func() bool {
+		return s.status("POST", "/user", credentials(newEmail(), password)) == 201
+	})
 }
 
 // Whether net/http watches a connection is seen by whether it takes a byte while the handler runs.
@@ -2553,6 +2556,12 @@ func TestWrongConfigurationIsRefused(t *testing.T) {
 		{name: "REDIS_URL", want: "redis://[", wrong: "no such URL",
 			values: []string{"redis://:s3c@h\r", "redis://:s3c@h "}},
 		{name: "REDIS_URL", want: "redis://[", wrong: "scheme", values: []string{`"redis://:s3c@h"`}},
+		{name: "REDIS_URL", want: "redis://[", wrong: "REDIS_URL", values: []string{
+			"redis://:6379", "redis://h:0", "redis://h:65536", "redis://h:s3c", "redis://a,,b",
+			"redis://h/s3c", "redis://:s3c%40h:6379/0x", "redis://h/0?db=s3c", "redis://h/-1",
+			"redis://u:s3c%@h", "redis://h#s3c", "redis://u:x@s3c@h", "redis://::1", "redis://h:6379:",
+			"redis-sentinel://h", "redis-sentinel://h,/m", "redis-sentinel://h/m/s3c", "redis-sentinel:///m",
+			"redis-sentinel://u:26/s3c@h:1/1"}},
 		// What an env file with CRLF, or with quotes in it, would make of a path.
 		{name: "DB_PATH", want: none, wrong: "control",
 			values: []string{"/x\r", "\n/x", "/\x00x", "/x\u0085"}},
@@ -2636,18 +2645,6 @@ func TestRedisURLs(t *testing.T) {
 		got, err := parseRedisURL(url)
 		if err != nil || strings.Join(got.addrs, " ") != want.addrs || got.String() != want.shown {
 			t.Errorf("%s: %v, %v, want %v", url, got, err, want)
-		}
-	}
-	for _, url := range []string{
-		"", "localhost:6379", "http://h", "redis://:6379", "redis://ho st", "redis://h:0", "redis://h:65536",
-		"redis://h:s3cret", "redis://a,,b", "redis://h/s3cret", "redis://:s3cret%40h:6379/0x",
-		"redis://h/0?db=s3cret", "redis://h/-1", "redis://u:s3cret%@h", "redis://h#s3cret",
-		"redis://s3cret@h", "redis://u:s3c@s3cret@h", "redis://::1", "redis://h:6379:", "redis-sentinel://h",
-		"redis-sentinel://h,/m", "redis-sentinel://h/m/s3cret", "redis-sentinel:///m",
-		"redis-sentinel://u:26/s3cret@h:1/1",
-	} {
-		if got, err := parseRedisURL(url); err == nil || strings.Contains(err.Error(), "s3cret") {
-			t.Errorf("%s: %v, %v, want an error that tells nothing", url, got, err)
 		}
 	}
 }
@@ -5330,13 +5327,15 @@ func TestAFullDiskIs503AndLosesNothing(t *testing.T) {
 
 func TestNoStatementReadsAWholeTable(t *testing.T) {
 	t.Parallel()
-	db := openTestDatabase(t)
+	s := newUnit(t, unitConfig{})
+	file := openSQL(t, s.dbPath)
+	defer file.Close()
 	whole := regexp.MustCompile(`SCAN (users|sessions)`)
-	for _, statement := range db.statements() {
+	for _, statement := range s.server.accounts.statements() {
 		if strings.HasPrefix(statement.query, "SELECT EXISTS") {
 			continue // it ends at the first row
 		}
-		rows, err := db.reader.Query("EXPLAIN QUERY PLAN "+statement.query, make([]any, 7)...)
+		rows, err := file.Query("EXPLAIN QUERY PLAN "+statement.query, make([]any, 7)...)
 		if err != nil {
 			t.Fatalf("%s: %v", statement.query, err)
 		}
@@ -5376,7 +5375,7 @@ func TestAReadWaitsForAConnectionForThreeSecondsAtMost(t *testing.T) {
 		db := openTestDatabase(t)
 		release := make(chan struct{})
 		var busy sync.WaitGroup
-		for range cap(db.reading) {
+		for range 100 { // more than there are connections
 			busy.Go(func() {
 				db.withReader(t.Context(), "testing", func() error {
 					<-release
@@ -5427,15 +5426,13 @@ func TestEmbeddedSessionsOutliveARestart(t *testing.T) {
 
 func TestExpiredSessionsAreSwept(t *testing.T) {
 	t.Parallel()
-	db := openTestDatabase(t)
-	store := &sqliteSessions{db}
-	_, err := db.writer.Exec(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 150)
+	s := newUnit(t, unitConfig{})
+	store := &sqliteSessions{s.server.accounts}
+	s.exec(`WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 150)
 		INSERT INTO sessions SELECT randomblob(32), '', '', '', '', '', i FROM n`)
 	for _, want := range []int{51, 2} { // each that is made sweeps a hundred
-		n := 0
-		err = errors.Join(err, store.Create(t.Context(), newUUID(), testUser(1), time.Hour),
-			db.reader.QueryRow(`SELECT count(*) FROM sessions`).Scan(&n))
-		if err != nil || n != want {
+		err := store.Create(t.Context(), newUUID(), testUser(1), time.Hour)
+		if n := query[int](s.service, `SELECT count(*) FROM sessions`); err != nil || n != want {
 			t.Errorf("%d rows, %v, want %d", n, err, want)
 		}
 	}
@@ -6419,8 +6416,7 @@ func TestNoNetworkWaitsForAnothersLine(t *testing.T) {
 			ahead := 0 // of the victim
 			s.bcrypt.before = func(text string) {
 				if text == password {
-					_, behind := s.server.gate.load()
-					ahead = tt.attackers*tt.each - behind
+					ahead = tt.attackers*tt.each - s.server.metrics()["sign_ins_waiting"].(int)
 				}
 				time.Sleep(250 * time.Millisecond)
 			}
