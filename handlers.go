@@ -259,7 +259,7 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 		return 0, nil, err
 	}
 	client := s.clientOf(r)
-	passwordHash, err := s.hash(r.Context(), s.gate.newRegistration(client), form["password"])
+	passwordHash, err := s.hashPassword(r.Context(), s.gate.newRegistration(client), form["password"])
 	if err != nil {
 		return 0, nil, err
 	}
@@ -269,7 +269,7 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	if err != nil {
 		return 0, nil, err
 	}
-	s.gate.remember(accountOf(user), client)
+	s.gate.remember(user.Email, client)
 	if old := sessionID(r); old != "" {
 		s.deleteSession(ctx, old) // if that fails, the log says so; the account is made
 	}
@@ -279,9 +279,9 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	return http.StatusCreated, registration{User: user, SessionID: id}, nil
 }
 
-// hash waits for a slot and returns the hash of what bcrypt reads of a password. The try is counted: of
-// registrations, whatever comes of them.
-func (s *server) hash(ctx context.Context, try *try, password string) (string, error) {
+// hashPassword waits for a slot and returns the hash of what bcrypt reads of a password. The try counts,
+// whether or not a registration succeeds in the end: it has cost a bcrypt.
+func (s *server) hashPassword(ctx context.Context, try *try, password string) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, queueTimeout, errTooBusy)
 	defer cancel()
 	if err := try.acquire(ctx); err != nil {
@@ -373,11 +373,7 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 	if s.accountHealth.observe(ctx, err) != nil && !errors.Is(err, errUserNotFound) {
 		return User{}, "", err
 	}
-	account := accountOf(user)
-	if !found {
-		account = "email " + strings.ToLower(strings.TrimSpace(email))
-	}
-	try := s.gate.newSignIn(account, c)
+	try := s.gate.newSignIn(email, c)
 	if err := try.acquire(ctx); err != nil {
 		return User{}, "", err
 	}
@@ -395,13 +391,9 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 		s.log.Info("sign-in refused", "user", user.ID, "client", c.addr)
 		return User{}, "", errWrongPassword
 	}
-	s.gate.remember(account, c)
+	s.gate.remember(email, c)
 	return user, passwordHash, nil
 }
-
-// accountOf names a user's account to the gate. Emails that no account has are named otherwise, or somebody
-// could use up an account's failures by signing in with its id.
-func accountOf(user User) string { return "id " + user.ID }
 
 // isUsable tells whether hash is one of bcrypt, of a cost that others can wait for. A cost of 31 takes days.
 func isUsable(hash string) bool {
@@ -438,7 +430,7 @@ func (s *server) upgradeHash(userID, oldHash, password string) {
 	if cost >= s.cfg.bcryptCost {
 		return
 	}
-	newHash, err := s.hash(context.Background(), s.gate.newTry(netip.Prefix{}), password)
+	newHash, err := s.hashPassword(context.Background(), s.gate.newTry(netip.Prefix{}), password)
 	if errors.Is(err, errTooBusy) {
 		return
 	}
@@ -711,7 +703,7 @@ var (
 	errTooBusy       = errors.New("too many sign-ins at once")
 )
 
-// throttledError tells a client that it has to wait before its next try counts.
+// throttledError tells a client how long its next try is refused, at least: tries in flight may yet fail.
 type throttledError struct {
 	wait time.Duration
 }
@@ -894,27 +886,26 @@ type limitedLog struct {
 
 type lineKey struct {
 	logger *slog.Logger
+	level  slog.Level
 	msg    string
 }
 
-// limitedLine is a message whose last line is less than a second old.
+// limitedLine holds the events since a message's last line, which is less than a second old.
 type limitedLine struct {
-	level slog.Level
 	args  []any // of the latest event
-	count int   // events since the last line
+	count int
 }
 
 func (l *limitedLog) log(logger *slog.Logger, level slog.Level, msg string, args ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	key := lineKey{logger, msg}
+	key := lineKey{logger, level, msg}
 	line := l.lines[key]
 	isFirst := line == nil
 	if isFirst {
 		line = &limitedLine{}
 		l.lines[key] = line
 	}
-	line.level = level
 	line.args = args
 	line.count++
 	if isFirst {
@@ -922,14 +913,15 @@ func (l *limitedLog) log(logger *slog.Logger, level slog.Level, msg string, args
 	}
 }
 
-// write logs the events since the last line, and what follows in a second. The caller holds l.mu.
+// write logs the events since the last line, if there are any, and calls itself again in a second. The caller
+// holds l.mu.
 func (l *limitedLog) write(key lineKey) {
 	line := l.lines[key]
 	if line == nil || line.count == 0 {
 		delete(l.lines, key)
 		return
 	}
-	key.logger.Log(context.Background(), line.level, key.msg, append(line.args, "count", line.count)...)
+	key.logger.Log(context.Background(), key.level, key.msg, append(line.args, "count", line.count)...)
 	line.count = 0
 	time.AfterFunc(time.Second, func() {
 		l.mu.Lock()
@@ -971,8 +963,8 @@ type gate struct {
 	turn    int // the latest that was admitted
 	queue   []*try
 	counts  map[countKey]time.Time
-	sweepAt int               // how many counts there are when those that are over are deleted
-	known   map[countKey]bool // pairs of an account and a network from which it has signed in
+	sweepAt int               // how many counts there are when expired ones are deleted next
+	known   map[countKey]bool // pairs of an email and a network from which it has signed in
 }
 
 // try is one try to sign in, to register or to store a hash anew.
@@ -994,8 +986,16 @@ type limit struct {
 // countKey is a hash of what is counted, as a client may send a long email.
 type countKey [16]byte
 
-func newCountKey(kind, account string, network netip.Prefix) countKey {
-	sum := sha256.Sum256([]byte(kind + " " + network.String() + " " + account))
+// newCountKey returns a key for an email, a network, or a pair of both. The email may be nobody's: whether it
+// has an account shows in no count. It is the same in any case of its ASCII letters, as accounts are found so.
+func newCountKey(kind, email string, network netip.Prefix) countKey {
+	lower := strings.Map(func(r rune) rune {
+		if r >= 'A' && r <= 'Z' {
+			return r - 'A' + 'a'
+		}
+		return r
+	}, strings.TrimSpace(email))
+	sum := sha256.Sum256([]byte(kind + " " + network.String() + " " + lower))
 	return countKey(sum[:16])
 }
 
@@ -1011,25 +1011,31 @@ func (g *gate) newTry(network netip.Prefix) *try {
 // newRegistration returns a try to register.
 func (g *gate) newRegistration(c client) *try {
 	t := g.newTry(c.network())
-	if !c.looksLikeProxy() {
-		key := newCountKey("network", "", t.network)
+	t.limitNetwork(c)
+	return t
+}
+
+// newSignIn returns a try to sign in with an email.
+func (g *gate) newSignIn(email string, c client) *try {
+	t := g.newTry(c.network())
+	t.limitNetwork(c)
+	pair := newCountKey("pair", email, t.network)
+	t.limits = append(t.limits, limit{burst: 10, interval: time.Minute, key: pair})
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.known[pair] {
+		key := newCountKey("email", email, netip.Prefix{})
 		t.limits = append(t.limits, limit{burst: 100, interval: time.Minute / 10, key: key})
 	}
 	return t
 }
 
-// newSignIn returns a try to sign in to an account.
-func (g *gate) newSignIn(account string, c client) *try {
-	t := g.newRegistration(c)
-	pair := newCountKey("pair", account, t.network)
-	t.limits = append(t.limits, limit{burst: 10, interval: time.Minute, key: pair})
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if !g.known[pair] {
-		key := newCountKey("account", account, netip.Prefix{})
+// limitNetwork adds the limit of all tries from a client's network. A proxy's is not limited.
+func (t *try) limitNetwork(c client) {
+	if !c.looksLikeProxy() {
+		key := newCountKey("network", "", t.network)
 		t.limits = append(t.limits, limit{burst: 100, interval: time.Minute / 10, key: key})
 	}
-	return t
 }
 
 // load returns how many slots are taken and how many tries wait.
@@ -1069,7 +1075,7 @@ func (g *gate) enqueue(t *try) error {
 			t.turn = max(t.turn, other.turn+1)
 		}
 	}
-	if len(g.queue) >= maxQueue || line >= maxLine {
+	if line >= maxLine {
 		return errTooBusy
 	}
 	place := len(g.queue)
@@ -1077,6 +1083,10 @@ func (g *gate) enqueue(t *try) error {
 		place--
 	}
 	g.queue = slices.Insert(g.queue, place, t)
+	if len(g.queue) > maxQueue { // the end of the longest line goes, and not who comes
+		g.queue[maxQueue].admitted <- errTooBusy
+		g.queue = g.queue[:maxQueue]
+	}
 	g.admit()
 	return nil
 }
@@ -1103,7 +1113,7 @@ func (g *gate) admit() {
 func (g *gate) wait(limits []limit, now time.Time) time.Duration {
 	var wait time.Duration
 	for _, l := range limits {
-		left := max(0, g.counts[l.key].Sub(now)) // of no count, too
+		left := max(0, g.counts[l.key].Sub(now)) // 0 without a count
 		wait = max(wait, left-time.Duration(l.burst-1)*l.interval)
 	}
 	return wait
@@ -1152,10 +1162,10 @@ func (t *try) count() {
 	}
 }
 
-// remember notes that an account has signed in or registered from c's network. Its failures from there are
-// forgiven, and other networks' failures do not keep it out.
-func (g *gate) remember(account string, c client) {
-	pair := newCountKey("pair", account, c.network())
+// remember notes that somebody has signed in or registered with an email from c's network. Failures with it
+// from there are forgiven, and other networks' failures do not keep its owner out.
+func (g *gate) remember(email string, c client) {
+	pair := newCountKey("pair", email, c.network())
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	delete(g.counts, pair)

@@ -158,44 +158,44 @@ func loadConfig(getenv func(string) string) (config, error) {
 // readConfig reads the variables in the order in which -h and README have them.
 func readConfig(env *environment) config {
 	addr := ":8080"
-	port := read(env, "PORT", "", parsePort, "a port, as hosting platforms set it; ADDR wins")
+	port := readVariable(env, "PORT", "", parsePort, "a port, as hosting platforms set it; ADDR wins")
 	if port != "" {
 		addr = ":" + port
 	}
 	return config{
-		addr: read(env, "ADDR", addr, parseAddr,
+		addr: readVariable(env, "ADDR", addr, parseAddr,
 			"address to listen on; where PORT is set the default is :$PORT"),
-		dbPath: read(env, "DB_PATH", "users.db", parsePath,
+		dbPath: readVariable(env, "DB_PATH", "users.db", parsePath,
 			"the account database, one SQLite file, created when missing"),
-		redis: read(env, "REDIS_URL", "", parseRedis,
+		redis: readVariable(env, "REDIS_URL", "", parseRedis,
 			"where sessions live, if not in the account database: "+redisURLForms+
 				"; ports default to 6379, of sentinels to 26379"),
 		server: serverConfig{
-			sessionTTL: read(env, "SESSION_TTL", "168h", parseTTL,
+			sessionTTL: readVariable(env, "SESSION_TTL", "168h", parseTTL,
 				"life of a session, which use does not prolong, and of its cookie, in whole seconds, such as 30m"),
-			bcryptCost: read(env, "BCRYPT_COST", "12", parseCost,
+			bcryptCost: readVariable(env, "BCRYPT_COST", "12", parseCost,
 				"10 to 15; weaker hashes are stored anew after the next sign-in"),
 			bcryptSlots: runtime.GOMAXPROCS(0), // one a core: tuneRuntime comes later
-			cookieSecure: read(env, "COOKIE_SECURE", "true", parseBool,
+			cookieSecure: readVariable(env, "COOKIE_SECURE", "true", parseBool,
 				"false for plain HTTP"),
-			trustedProxies: read(env, "TRUSTED_PROXIES", "", parseProxies,
+			trustedProxies: readVariable(env, "TRUSTED_PROXIES", "", parseProxies,
 				"CIDRs whose X-Forwarded-For is believed, such as 127.0.0.1/32,::1/128,10.0.0.0/8; "+
 					"unset, all clients of a proxy share one limit"),
 			compareHash: bcrypt.CompareHashAndPassword,
 		},
-		debugAddr: read(env, "DEBUG_ADDR", "", parseAddr,
+		debugAddr: readVariable(env, "DEBUG_ADDR", "", parseAddr,
 			"private address for /debug/vars and /debug/pprof/, such as 127.0.0.1:6060"),
-		stopDelay: read(env, "SHUTDOWN_DELAY", "0s", parseStopDelay,
+		stopDelay: readVariable(env, "SHUTDOWN_DELAY", "0s", parseStopDelay,
 			"how long, up to 60s, the service goes on after SIGTERM with /healthz at 503, "+
 				"so that a balancer leaves"),
-		logLevel: read(env, "LOG_LEVEL", "info", parseLogLevel,
+		logLevel: readVariable(env, "LOG_LEVEL", "info", parseLogLevel,
 			"debug, info, warn, error; JSON lines on standard error"),
 	}
 }
 
-// read returns a variable's value. Where the variable is empty the fallback is parsed, and where that is
+// readVariable returns a variable's value. Where the variable is empty the fallback is parsed, and where that is
 // empty too the value is zero.
-func read[T any](
+func readVariable[T any](
 	env *environment, name, fallback string, parse func(string) (T, error), meaning string,
 ) T {
 	env.variables = append(env.variables, variable{
@@ -322,10 +322,10 @@ func parseProxies(text string) ([]netip.Prefix, error) {
 
 // tuneRuntime sets what the environment leaves unset. The live heap is a megabyte or two, so the default
 // GOGC=100 would collect it dozens of times a second under load, for a sixth of the work of GET /user. At 300
-// that is a third of it, and a flood from 400 connections leaves the process below 64 MB. There are threads
-// enough beside those that bcrypt holds for its quarter of a second: the kernel shares a core between threads
-// fairly, where Go's scheduler, with as many bcrypts as threads, makes a GET /user wait for its slices of
-// 10 ms (BenchmarkUserDuringSignIns).
+// that is a third of it, and 400 connections that register without end leave the process below 64 MB. There
+// are threads enough beside those that bcrypt holds for its quarter of a second: the kernel shares a core
+// between threads fairly, where Go's scheduler, with as many bcrypts as threads, makes a GET /user wait for
+// its slices of 10 ms (BenchmarkUserDuringSignIns).
 func tuneRuntime(getenv func(string) string) {
 	if getenv("GOGC") == "" {
 		debug.SetGCPercent(300)
@@ -373,6 +373,7 @@ func serve(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	log.Info("listening", "addr", tcp.Addr().String(), "accounts", cfg.dbPath, "sessions", backend,
 		"version", buildVersion())
+	defer s.limited.flush()
 	var trial sync.WaitGroup
 	defer trial.Wait() // some seconds at most; cut short, it would leave a session
 	trial.Go(func() { trySession(context.WithoutCancel(ctx), s, log) })
@@ -444,7 +445,6 @@ func serveHTTP(
 		hs.Close()
 		log.Warn("requests cut off", "err", err)
 	}
-	s.limited.flush()
 	return nil
 }
 
