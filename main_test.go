@@ -3440,10 +3440,9 @@ func TestConnectingHasTimeOfItsOwn(t *testing.T) {
 			back: -1, dials: 155, message: errUnavailable}, // one each 0.1 s
 	} {
 		inVirtualTime(t, tt.name, func(t *testing.T) {
-			attempt := 0
+			var attempts atomic.Int64
 			s := virtualSessions(t, "redis://h", func(ctx context.Context, _ string) (*fakeRedis, error) {
-				attempt++
-				return &fakeRedis{answer: plainReply}, tt.dial(ctx, attempt-1)
+				return &fakeRedis{answer: plainReply}, tt.dial(ctx, int(attempts.Add(1)-1))
 			})
 			began := time.Now()
 			var requests sync.WaitGroup
@@ -3546,14 +3545,19 @@ func TestASilentServerIsPassedOver(t *testing.T) {
 func TestReturnBesideHostsThatAreLost(t *testing.T) {
 	for after := 5 * time.Second; after < 7*time.Second; after += 100 * time.Millisecond {
 		synctest.Test(t, func(t *testing.T) {
-			nodes := fakeNodes{}
-			s := virtualSessions(t, "redis://a,b,c,d,e", nodes.find)
 			began := time.Now()
+			find := func(ctx context.Context, addr string) (*fakeRedis, error) {
+				if addr == "e:6379" && time.Since(began) >= after {
+					return &fakeRedis{answer: plainReply}, nil
+				}
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			s := virtualSessions(t, "redis://a,b,c,d,e", find)
 			for time.Since(began) < after {
 				go s.Get(context.Background(), newUUID())
 				time.Sleep(50 * time.Millisecond)
 			}
-			nodes["e:6379"] = &fakeRedis{answer: plainReply}
 			back := time.Now()
 			for s.Ping(t.Context()) != nil {
 			}
