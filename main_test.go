@@ -5564,10 +5564,23 @@ func TestFilesOfOtherProgramsAreLeftAsTheyWere(t *testing.T) {
 	t.Run("a backup beside another file's log", func(t *testing.T) {
 		runOn(t, besideALog(t), "dev.db-wal", "has to be removed")
 	})
-	t.Run("a file that is missing beside its log", func(t *testing.T) {
+	t.Run("an empty file beside another file's log", func(t *testing.T) {
 		path := besideALog(t)
 		os.Truncate(path, 0)
 		runOn(t, path, "dev.db-wal", "has to be removed")
+	})
+	t.Run("a backup beside an empty log", func(t *testing.T) { // of a service that runs, and may yet write to it
+		path := besideALog(t)
+		os.Truncate(path+"-wal", 0)
+		runOn(t, path, "dev.db-wal", "has to be removed")
+	})
+	t.Run("no file beside a log", func(t *testing.T) {
+		path := besideALog(t)
+		os.Remove(path)
+		runOn(t, path, "dev.db-wal", "put the file back")
+		if _, err := os.Stat(path); err == nil {
+			t.Error("a file was made to which the log would belong")
+		}
 	})
 	text := filepath.Join(t.TempDir(), "notes.txt")
 	os.WriteFile(text, bytes.Repeat([]byte("no database "), 1000), 0o600)

@@ -34,7 +34,7 @@ var (
 
 const (
 	setUpTimeout  = 10 * time.Second // for other programs' locks at the start
-	turnTimeout   = time.Second      // for a connection; then SQLite waits busy_timeout for other programs
+	turnTimeout   = time.Second      // for a connection; SQLite then waits as long again for other programs
 	watchInterval = 100 * time.Millisecond
 )
 
@@ -94,7 +94,7 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 		reading: make(chan struct{}, readers),
 		closed:  make(chan struct{}),
 	}
-	inWAL, err := db.createFile(path)
+	inWAL, err := db.openFile(path)
 	if err != nil {
 		return nil, explain(path, err)
 	}
@@ -110,12 +110,9 @@ func openDatabase(ctx context.Context, path string) (*database, error) {
 	return db, nil
 }
 
-// createFile creates the file if it is missing, and returns whether it is in WAL mode. It refuses one that is
-// not, but stands beside a write-ahead log with something in it. Such a file was moved there after a crash,
-// or the log's own file was moved away. SQLite would play the log into the one, and delete it beside the
-// other.
-func (db *database) createFile(path string) (inWAL bool, err error) {
-	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+// openFile opens the file, creates it if it is missing, and returns whether it is in WAL mode.
+func (db *database) openFile(path string) (inWAL bool, err error) {
+	file, err := openOrCreate(path)
 	if err != nil {
 		return false, err
 	}
@@ -129,12 +126,32 @@ func (db *database) createFile(path string) (inWAL bool, err error) {
 		return false, err
 	}
 	db.files = []watchedFile{{target, info}, {path, info}}
-	log := target + "-wal"
-	logInfo, logErr := os.Stat(log) // before the header is read: whoever switches to WAL writes that first
+	return checkLog(file, target)
+}
+
+// openOrCreate creates no file where a write-ahead log is: to SQLite, the log would be the new file's.
+func openOrCreate(path string) (*os.File, error) {
+	log := path + "-wal"
+	if _, err := os.Stat(log); err != nil {
+		return os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	}
+	file, err := os.OpenFile(path, os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w; its write-ahead log %q is there: put the file back, or remove the log",
+			err, log)
+	}
+	return file, err
+}
+
+// checkLog returns whether the file is in WAL mode. It is an error if it is not, but has a write-ahead log
+// beside it. That is another file's, which a backup has replaced: SQLite would write the log into the backup.
+func checkLog(file *os.File, path string) (inWAL bool, err error) {
+	log := path + "-wal"
+	_, logErr := os.Stat(log) // before the header is read: a start that switches to WAL writes the header first
 	inWAL, err = readJournalMode(file)
-	if err == nil && !inWAL && logErr == nil && logInfo.Size() > 0 {
+	if err == nil && !inWAL && logErr == nil {
 		err = fmt.Errorf("the write-ahead log %q belongs to another file: it has to be removed, with %q",
-			log, target+"-shm")
+			log, path+"-shm")
 	}
 	return inWAL, err
 }
@@ -154,7 +171,7 @@ func readJournalMode(file io.ReaderAt) (inWAL bool, err error) {
 // has no /tmp. _dqs=0: a column that is missing must not be taken for a string.
 func (db *database) openPools(target string, readers int) (err error) {
 	escaped := (&url.URL{Path: filepath.ToSlash(filepath.Clean(target))}).EscapedPath()
-	db.name = "file:" + escaped + "?_pragma=busy_timeout(1500)&_pragma=synchronous(FULL)" +
+	db.name = "file:" + escaped + "?_pragma=busy_timeout(1000)&_pragma=synchronous(FULL)" +
 		"&_pragma=foreign_keys(1)&_pragma=temp_store(MEMORY)&_txlock=immediate&_dqs=0"
 	if db.writer, err = openPool(db.name, 1); err != nil {
 		return err
@@ -250,7 +267,8 @@ func schemaFor(tx *sql.Tx) (script string, err error) {
 	}
 	return `ALTER TABLE sessions RENAME TO strict_sessions;
 		DROP INDEX IF EXISTS sessions_expires_at;` + schema + `
-		INSERT INTO sessions SELECT * FROM strict_sessions;
+		INSERT INTO sessions SELECT id_hash, user_id, name, email, created_at, updated_at, expires_at
+			FROM strict_sessions;
 		DROP TABLE strict_sessions;`, nil
 }
 
@@ -296,8 +314,8 @@ func (db *database) leaveWAL() error {
 }
 
 func lacksSharedMemory(err error) bool {
-	return slices.Contains([]int{sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMSIZE,
-		sqlite3.SQLITE_IOERR_SHMLOCK, sqlite3.SQLITE_IOERR_SHMMAP}, sqliteCode(err))
+	return slices.Contains([]int{sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMLOCK,
+		sqlite3.SQLITE_IOERR_SHMMAP}, sqliteCode(err)) // SHMSIZE is a full disk
 }
 
 // explain adds to an error of the start what SQLite's words do not say.
@@ -308,6 +326,9 @@ func explain(path string, err error) error {
 	case lacksSharedMemory(err):
 		return fmt.Errorf("%w; the file system of the folder %q has no shared memory, which a write-ahead "+
 			"log needs: keep the file on another one", err, folder)
+	case code == sqlite3.SQLITE_CORRUPT:
+		return fmt.Errorf("%w; if a backup was put there, remove %q first, and put it there again", err,
+			path+"-wal")
 	case code == sqlite3.SQLITE_CANTOPEN, code == sqlite3.SQLITE_READONLY, errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("%w; the file and the folder %q must be writable, for files beside it that end "+
 			"in -wal and -shm", err, folder)
@@ -394,22 +415,25 @@ func (db *database) watch() {
 	}
 }
 
-// compareFiles returns an errUnavailable once a file is not the one that was opened, and from then on for
-// ever. SQLite would go on writing: into a file that nobody finds again, or past the locks of other programs.
-// So nothing is written, checkpointed or closed any more.
+// compareFiles returns an errUnavailable once a file is missing or another one, and from then on for ever.
+// SQLite would go on writing: into a file that nobody finds again, or where the shared memory is missing past
+// the locks of other programs. So nothing is written, checkpointed or closed any more.
 func (db *database) compareFiles() error {
 	for _, file := range db.files {
-		if err := file.compare(); err != nil {
+		err := file.compare()
+		if errors.Is(err, errOtherFile) || errors.Is(err, fs.ErrNotExist) {
 			gone := fmt.Errorf("%w: the file %q was deleted or replaced: restart the service: %w",
 				errUnavailable, file.path, err)
 			db.gone.CompareAndSwap(nil, &gone)
+		} else if err != nil { // it may pass
+			return fmt.Errorf("%w: %w", errUnavailable, err)
 		}
 	}
 	gone := db.gone.Load()
 	if gone == nil {
 		return nil
 	}
-	if len(db.files) == 4 {
+	if len(db.files) == 4 { // set up
 		db.removeLog()
 	}
 	return *gone
@@ -447,7 +471,9 @@ func (db *database) Ping(ctx context.Context) error {
 }
 
 func (db *database) ping(ctx context.Context, doing string, query *sql.Stmt) error {
-	db.compareFiles()
+	if err := db.compareFiles(); err != nil {
+		return fmt.Errorf("%s: %w", doing, err)
+	}
 	return db.withReader(ctx, doing, func() error { return query.QueryRow().Scan(new(bool)) })
 }
 
@@ -616,9 +642,9 @@ func (db *database) transact(change func(*sql.Tx) error) error {
 	return db.compareFiles()
 }
 
-// translate adds what failed, and maps the errors of SQLite to this program's: errEmailTaken; errRefused
-// where SQLite refused; errUnavailable where it could not read or write. Any other is a fault of this
-// program. Once a file is not the one that was opened, that is the error, whatever err is.
+// translate adds what failed, and maps the errors of SQLite to this program's: errRefused where SQLite
+// refused, errUnavailable where it could not read or write. Any other is a fault of this program. Once a file
+// is not the one that was opened, that is the error, whatever err is.
 func (db *database) translate(doing string, err error) error {
 	if gone := db.gone.Load(); gone != nil {
 		err = *gone
@@ -626,13 +652,9 @@ func (db *database) translate(doing string, err error) error {
 	if err == nil {
 		return nil
 	}
-	switch code := sqliteCode(err); code & 0xff { // https://www.sqlite.org/rescode.html
+	switch sqliteCode(err) & 0xff { // https://www.sqlite.org/rescode.html
 	case sqlite3.SQLITE_OK: // no error of SQLite
-	case sqlite3.SQLITE_CONSTRAINT:
-		if code == sqlite3.SQLITE_CONSTRAINT_UNIQUE {
-			err = errEmailTaken // users.email has the only such constraint
-		}
-	case sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE:
+	case sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE:
 	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY,
 		sqlite3.SQLITE_PERM:
 		err = fmt.Errorf("%w: %w", errRefused, err)
