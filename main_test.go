@@ -80,7 +80,7 @@ func TestMain(m *testing.M) {
 		main()
 		os.Exit(1) // should main return: or this process would run the tests, and those would start it again
 	}
-	lastPort.Store(rand.Uint32N(20_000))
+	claimPorts()
 	flag.Set("test.parallel", "8") // most tests wait; the command line may say otherwise
 	flag.Parse()
 	if flag.Lookup("test.bench").Value.String() == "" {
@@ -161,19 +161,19 @@ const portsOfHost = 16
 // newRedisHost skips the test where there is neither a redis-server on PATH nor Docker.
 func newRedisHost(t testing.TB) *redisHost {
 	t.Helper()
-	ports := freePorts(portsOfHost)
+	free := freePorts(portsOfHost)
 	if _, err := exec.LookPath("redis-server"); err == nil {
 		dir, err := os.MkdirTemp("", "session-storage-redis")
 		if err != nil {
 			t.Fatal(err)
 		}
-		return &redisHost{bind: "127.0.0.1", dir: dir, ports: ports, remove: func() { os.RemoveAll(dir) }}
+		return &redisHost{bind: "127.0.0.1", dir: dir, ports: free, remove: func() { os.RemoveAll(dir) }}
 	}
 	if exec.Command("docker", "info").Run() != nil {
 		skipRedis(t)
 	}
 	args := []string{"run", "--detach", "--rm"}
-	for _, port := range ports {
+	for _, port := range free {
 		args = append(args, "--publish", "127.0.0.1:"+port+":"+port)
 	}
 	args = append(args, "redis:7-alpine", "sleep", "infinity")
@@ -186,7 +186,7 @@ func newRedisHost(t testing.TB) *redisHost {
 		enter:  []string{"docker", "exec", "--interactive", container},
 		bind:   "0.0.0.0",
 		dir:    "/data",
-		ports:  ports,
+		ports:  free,
 		remove: func() { exec.Command("docker", "rm", "--force", "--volumes", container).Run() },
 	}
 }
@@ -282,7 +282,7 @@ func (r *redisServer) launch(t testing.TB) {
 	if err := r.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 20*time.Second, "redis-server answers", func() bool {
+	eventually(t, time.Minute, "redis-server answers", func() bool {
 		c, err := redis.Dial("tcp", r.addr(),
 			redis.DialConnectTimeout(time.Second), redis.DialReadTimeout(time.Second))
 		if err != nil {
@@ -329,23 +329,37 @@ func redisDo(t testing.TB, url, name string, args ...any) any {
 	return reply
 }
 
+// ports are those that this run of the tests may use: another that goes on beside it has others. They lie
+// below those that the system hands out by itself.
+var ports struct {
+	claim net.Listener // of the first one, held until the end
+	first uint32
+	last  atomic.Uint32 // that was returned
+}
+
+const portsOfRun = 2000
+
+func claimPorts() {
+	for ports.claim == nil {
+		ports.first = 10_000 + portsOfRun*rand.Uint32N(10)
+		ports.claim, _ = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", ports.first))
+	}
+}
+
 // freePorts returns ports that no other test gets: one that was freed could be another's before it is used.
-// They lie below those that the system hands out by itself.
 func freePorts(n int) []string {
-	var ports []string
-	for len(ports) < n {
-		port := strconv.Itoa(10_000 + int(lastPort.Add(1))%20_000)
+	var free []string
+	for len(free) < n {
+		port := fmt.Sprint(ports.first + ports.last.Add(1)%portsOfRun)
 		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
 			l.Close()
-			ports = append(ports, port)
+			free = append(free, port)
 		}
 	}
-	return ports
+	return free
 }
 
 func freePort() string { return freePorts(1)[0] }
-
-var lastPort atomic.Uint32
 
 // ---------------------------------------------------------------------------------------------------
 // Harness: the service, in this process or in one of its own.
@@ -696,7 +710,7 @@ func (s *service) wantStatus(status int, route, body string, header ...string) *
 		return &reply{}
 	}
 	if a.status != status {
-		s.Errorf("%s %.90s: status %d, want %d: %s", route, body, a.status, status, a.body)
+		s.Errorf("%.120s: status %d, want %d: %s", strings.TrimSpace(route+" "+body), a.status, status, a.body)
 	}
 	return a
 }
