@@ -66,13 +66,16 @@ type server struct {
 	background    sync.WaitGroup // work that goes on after its answer
 	warnOfProxy   sync.Once
 	started       time.Time
-	inFlight      atomic.Int64                  // requests
-	answers       map[string]*[600]atomic.Int64 // how many, by route ("": none) and status
+	inFlight      atomic.Int64             // requests
+	answers       map[string]*statusCounts // by route, "" where there is none
 	events        serverEvents
 
 	// Values of headers, made once for all answers.
 	noStore, noSniff, typeJSON, typeProblem []string
 }
+
+// statusCounts counts answers by their status.
+type statusCounts [600]atomic.Int64
 
 // serverEvents counts since the start.
 type serverEvents struct {
@@ -102,7 +105,7 @@ func newServer(cfg serverConfig, db *database, sessions SessionStore, log *slog.
 		mux:           http.NewServeMux(),
 		paths:         map[string]bool{},
 		started:       time.Now(),
-		answers:       map[string]*[600]atomic.Int64{"": {}},
+		answers:       map[string]*statusCounts{"": {}},
 		noStore:       []string{"no-store"},
 		noSniff:       []string{"nosniff"},
 		typeJSON:      []string{"application/json"},
@@ -134,7 +137,7 @@ func (s *server) route(path string, methods map[string]handler) {
 }
 
 func (s *server) handle(pattern string, handle handler) {
-	s.answers[pattern] = new([600]atomic.Int64)
+	s.answers[pattern] = new(statusCounts)
 	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 		status, body, err := handle(w, r)
 		s.answer(w, r, status, body, err)
@@ -279,8 +282,8 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	return http.StatusCreated, registration{User: user, SessionID: id}, nil
 }
 
-// hashPassword waits for a slot and returns the hash of what bcrypt reads of a password. The try counts,
-// whether or not a registration succeeds in the end: it has cost a bcrypt.
+// hashPassword waits for a slot and hashes the first 72 bytes of a password. The try counts against its
+// limits even if a registration then fails: it has cost a bcrypt.
 func (s *server) hashPassword(ctx context.Context, try *try, password string) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, queueTimeout, errTooBusy)
 	defer cancel()
@@ -369,8 +372,9 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 	ctx, cancel := context.WithTimeoutCause(ctx, queueTimeout, errTooBusy)
 	defer cancel()
 	user, passwordHash, err := s.accounts.UserByEmail(ctx, email)
+	s.accountHealth.observe(ctx, err)
 	found := err == nil
-	if s.accountHealth.observe(ctx, err) != nil && !errors.Is(err, errUserNotFound) {
+	if !found && !errors.Is(err, errUserNotFound) {
 		return User{}, "", err
 	}
 	try := s.gate.newSignIn(email, c)
@@ -423,8 +427,8 @@ func dummyHash(cost int) string {
 }
 
 // upgradeHash stores a password's hash anew if it is weaker than configured. It runs after the answer. If it
-// fails, or too many wait for bcrypt, the next sign-in tries again. To the fair queue, all that is stored anew
-// is one network's.
+// fails, or too many wait for bcrypt, the next sign-in tries again. All upgrades share one
+// place in the fair queue.
 func (s *server) upgradeHash(userID, oldHash, password string) {
 	cost, _ := bcrypt.Cost([]byte(oldHash)) // it was compared: no error
 	if cost >= s.cfg.bcryptCost {
@@ -952,9 +956,9 @@ const (
 // forgiven, and each failure adds an interval. Nothing is reserved for tries in flight. They may all fail,
 // and exceed a limit by fewer than there are slots; what follows waits for as much longer.
 //
-// The queue (start-time fair queueing) is sorted by turn. A try has the turn after that of the latest one
-// admitted, or after that of its network's last one in the queue. So networks alternate: a long line of one
-// holds up no other, and ever new networks pass nobody by.
+// The queue (start-time fair queueing) is sorted by turn. A try's turn is one more than the turn admitted
+// last, or than that of its network's last try in the queue. So networks alternate: a long line of one holds
+// up no other, and ever new networks do not starve who waits.
 type gate struct {
 	slots int // for bcrypt
 
@@ -987,7 +991,8 @@ type limit struct {
 type countKey [16]byte
 
 // newCountKey returns a key for an email, a network, or a pair of both. The email may be nobody's: whether it
-// has an account shows in no count. It is the same in any case of its ASCII letters, as accounts are found so.
+// has an account shows in no count. It is the same in any case of its ASCII letters, as accounts are found
+// so.
 func newCountKey(kind, email string, network netip.Prefix) countKey {
 	lower := strings.Map(func(r rune) rune {
 		if r >= 'A' && r <= 'Z' {
@@ -1108,8 +1113,8 @@ func (g *gate) admit() {
 	}
 }
 
-// wait returns how long it takes until none of the limits is reached: 0 if none is. A count has room for a
-// failure while at most burst-1 intervals are left of it. The caller holds g.mu.
+// wait returns how long it takes until none of the limits is reached: 0 if none is. A limit is reached
+// when more than burst-1 intervals are left. The caller holds g.mu.
 func (g *gate) wait(limits []limit, now time.Time) time.Duration {
 	var wait time.Duration
 	for _, l := range limits {
@@ -1128,7 +1133,10 @@ func (t *try) cancel() {
 		g.queue = slices.Delete(g.queue, place, place+1)
 	}
 	g.mu.Unlock()
-	if place < 0 && <-t.admitted == nil {
+	if place >= 0 {
+		return
+	}
+	if err := <-t.admitted; err == nil {
 		t.release()
 	}
 }

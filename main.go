@@ -172,7 +172,8 @@ func readConfig(env *environment) config {
 				"; ports default to 6379, of sentinels to 26379"),
 		server: serverConfig{
 			sessionTTL: readVariable(env, "SESSION_TTL", "168h", parseTTL,
-				"life of a session, which use does not prolong, and of its cookie, in whole seconds, such as 30m"),
+				"life of a session, which use does not prolong, and of its cookie, "+
+					"in whole seconds, such as 30m"),
 			bcryptCost: readVariable(env, "BCRYPT_COST", "12", parseCost,
 				"10 to 15; weaker hashes are stored anew after the next sign-in"),
 			bcryptSlots: runtime.GOMAXPROCS(0), // one a core: tuneRuntime comes later
@@ -193,8 +194,8 @@ func readConfig(env *environment) config {
 	}
 }
 
-// readVariable returns a variable's value. Where the variable is empty the fallback is parsed, and where that is
-// empty too the value is zero.
+// readVariable returns a variable's value. Where the variable is empty the fallback is parsed, and where that
+// is empty too the value is zero.
 func readVariable[T any](
 	env *environment, name, fallback string, parse func(string) (T, error), meaning string,
 ) T {

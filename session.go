@@ -3,12 +3,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
-
 	"log/slog"
 	"maps"
 	"net"
@@ -165,15 +165,14 @@ func newRedisSessions(target *redisTarget, log *slog.Logger) *redisSessions {
 
 func sessionKey(id string) string { return "session:" + id }
 
-// How often an operation may be sent. What only reads or deletes is sent once more where the connection ended
-// before the answer. A creation is not: a first one that arrives late could bring the session back after its
-// DEL.
+// How often an operation may be sent. HGETALL and DEL are retried once after a lost connection. A creation is
+// not: a first one that arrives late could bring the session back after its DEL.
 const (
 	sendOnce  = 1
 	sendAgain = 2
 )
 
-// Create makes the session in one transaction on one key. So none can be left without an end.
+// Create makes the session in one transaction on one key, so that none is stored without an end.
 func (s *redisSessions) Create(ctx context.Context, id string, user User, ttl time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, operationTimeout) // of the deletion, too
 	defer cancel()
@@ -307,7 +306,7 @@ const (
 	proofTimeout     = time.Second      // of a connection, from one proof to the next
 	connectTimeout   = 10 * time.Second // name, TCP, TLS, login and first ECHO together
 	attemptInterval  = time.Second      // of connecting anew while no attempt has succeeded
-	sentinelPatience = time.Second / 2  // with the other sentinels once one has answered
+	sentinelPatience = time.Second / 2  // with the other sentinels after one has answered
 	sentinelInterval = 3 * time.Second  // of asking the sentinels while a connection stands
 	minLife          = time.Second / 10 // of a pipeline, so that no server is dialled more often
 	minStay          = time.Second      // at a server that is none to ask
@@ -328,11 +327,11 @@ var (
 	// errTimeout is an operation, or a connection, that was not answered in time.
 	errTimeout = fmt.Errorf("%w: no answer in time", errUnavailable)
 
-	errOutOfStep = errors.New("replies out of step")
-	errNoPrimary = errors.New("is no primary")
-	errNoneToAsk = errors.New("is no primary any more, or no node of its cluster")
-	errReplaced  = errors.New("the sentinels name another primary")
-	errNotNeeded = errors.New("not needed")
+	errOutOfStep  = errors.New("replies out of step")
+	errNoPrimary  = errors.New("is no primary")
+	errNotServing = errors.New("is no primary any more, or no node of its cluster")
+	errReplaced   = errors.New("the sentinels name another primary")
+	errNotNeeded  = errors.New("not needed")
 )
 
 // refusedError is what Redis said no with. It is an errRefused.
@@ -383,12 +382,12 @@ func newOperation(commands []command, sends int, deadline time.Time) *operation 
 		begun:    time.Now(),
 		deadline: deadline,
 		sends:    sends,
-		replies:  make([]any, 0, len(commands)),
 		done:     make(chan error, 1),
 	}
 }
 
-// finish ends the operation, with nil when its replies are proved. Nothing comes of it after a time-out.
+// finish ends the operation, with nil when its replies are proved. Only the first call counts: the operation
+// may have timed out.
 func (op *operation) finish(err error) {
 	select {
 	case op.done <- err:
@@ -421,7 +420,7 @@ func firstError(replies []any) (text redis.Error, ok bool) {
 // Operations may come while it connects. One goroutine connects, sends, and ends the pipeline (run); another
 // receives. Whoever takes an operation out of the queue sees to it that it is finished.
 type pipeline struct {
-	name    string   // of the server, for messages
+	name    string   // host:port, by which the router knows a node; of the entry, REDIS_URL without the login
 	isEntry bool     // of the router, and no node of a cluster
 	addrs   []string // that dial is called with, the best first
 	dial    func(ctx context.Context, addr string) (*redisConn, error)
@@ -436,8 +435,8 @@ type pipeline struct {
 	ended bool       // it takes no more operations
 }
 
-// do has an operation sent, and returns when it is answered or at its deadline. After an errTimeout nothing
-// of the operation may be read: it may yet be sent.
+// do has an operation sent, and returns when it is answered or at its deadline. After an errTimeout
+// nothing of the operation may be read: others may still write to it.
 func (p *pipeline) do(op *operation) error {
 	if err := p.enqueue(op); err != nil {
 		return err
@@ -448,13 +447,13 @@ func (p *pipeline) do(op *operation) error {
 		return err
 	}
 	if text, ok := firstError(op.replies); ok {
-		return p.standing().refused(text)
+		return p.connection().refused(text)
 	}
 	return nil
 }
 
 func (p *pipeline) timeout() error {
-	if p.standing() == nil {
+	if p.connection() == nil {
 		return fmt.Errorf("%w: %s: no connection stands yet", errTimeout, p.name)
 	}
 	return fmt.Errorf("%w: %s", errTimeout, p.name)
@@ -483,22 +482,22 @@ func (p *pipeline) enqueue(op *operation) error {
 // lost returns the error for operations that were not sent before the end.
 func (p *pipeline) lost() error { return fmt.Errorf("%w: %s", errLost, p.name) }
 
-// standing returns the connection, also after it has ended, and nil before there is one.
-func (p *pipeline) standing() *redisConn {
+// connection returns the connection, also after it has ended, and nil before there is one.
+func (p *pipeline) connection() *redisConn {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.conn
 }
 
-// leave ends the connection, once it is older than minStay. So reads go on, but for a moment in each second,
-// where a server refuses writes alone and there is no other.
+// leave ends the connection to a server that does not serve, once it is older than minStay. A lone read-only
+// replica thus goes on serving reads: it is connected to anew once a second at most.
 func (p *pipeline) leave() {
-	conn := p.standing()
-	time.AfterFunc(minStay-time.Since(conn.since), func() { conn.fail(errNoneToAsk) })
+	conn := p.connection()
+	time.AfterFunc(minStay-time.Since(conn.since), func() { conn.fail(errNotServing) })
 }
 
-// run is the life of a pipeline. What is queued at its end is told after the router has forgotten it, so that
-// who tries again finds another one.
+// run is the life of a pipeline. The router forgets it before what is queued fails, so that a retry gets
+// another one.
 func (p *pipeline) run() {
 	pause := time.After(minLife)
 	conn, err := p.connect()
@@ -563,7 +562,7 @@ func (p *pipeline) connect() (*redisConn, error) {
 			return nil, fmt.Errorf("%w: %w", errNotConnected, context.Cause(ctx))
 		}
 	}
-	// %v: what a server refuses at login is no refusal of what waits.
+	// %v, not %w: a refused login is no refusal of the operations that wait.
 	return nil, fmt.Errorf("%w: %v", errNotConnected, errors.Join(errs...))
 }
 
@@ -596,12 +595,14 @@ func (p *pipeline) serve(conn *redisConn) {
 		}
 		runtime.Gosched() // requests that are ready to run join this flush
 		for {
-			operations := p.take(conn.room())
+			operations := p.take(conn.waitForRoom())
 			if len(operations) == 0 {
 				break
 			}
-			p.stats.flushes.Add(1)
-			conn.send(p.dropLate(operations, conn.since))
+			if timely := p.dropLate(operations, conn.since); len(timely) > 0 {
+				p.stats.flushes.Add(1)
+				conn.send(timely)
+			}
 		}
 	}
 }
@@ -616,8 +617,8 @@ func (p *pipeline) take(n int) []*operation {
 	return taken
 }
 
-// dropLate finishes the operations that have waited, since the connection stands, for longer than they have
-// left, and returns the others. An overloaded server would answer them too late.
+// dropLate finishes the operations that have waited for longer than they have left, and returns the others.
+// An overloaded server would answer those too late. Waiting for the connection does not count.
 func (p *pipeline) dropLate(operations []*operation, standsSince time.Time) []*operation {
 	now := time.Now()
 	return slices.DeleteFunc(operations, func(op *operation) bool {
@@ -648,11 +649,12 @@ type redisConn struct {
 	err        error // why the connection ended: an errLost or an errTimeout
 }
 
-// flush is a batch of operations that are sent together. It ends in an ECHO of a nonce: unless that comes
-// back in its place none of the replies is believed. A connection that is a single reply out of step would
-// hand each client the session of the one before it. The order of replies within a flush is trusted.
+// flush is a batch of operations that are sent together. It ends in an ECHO of a nonce, and no reply counts
+// unless that comes back in its place: a connection that is one reply out of step would hand each client the
+// session of another. The order of replies within a flush is trusted.
 type flush struct {
 	operations []*operation
+	commands   int // of all operations
 	nonce      string
 }
 
@@ -662,7 +664,7 @@ func newRedisConn(server, user string, socket, stream net.Conn) *redisConn {
 		server: server,
 		user:   user,
 		socket: socket,
-		redis:  redis.NewConn(heldConn{stream}, 0, 0),
+		redis:  redis.NewConn(redigoConn{stream}, 0, 0),
 		nonce:  rand.Text(),
 		ended:  make(chan struct{}),
 	}
@@ -670,14 +672,14 @@ func newRedisConn(server, user string, socket, stream net.Conn) *redisConn {
 	return c
 }
 
-// heldConn keeps two things from redigo: closing, which under TLS waits to say goodbye, and the deadline for
-// reading, which redigo clears before each reply.
-type heldConn struct {
+// redigoConn is the connection as redigo has it. Close does nothing: fail closes the socket, without waiting
+// for TLS to say goodbye. SetReadDeadline does nothing: redigo would clear our deadline before each reply.
+type redigoConn struct {
 	net.Conn
 }
 
-func (heldConn) Close() error                    { return nil }
-func (heldConn) SetReadDeadline(time.Time) error { return nil }
+func (redigoConn) Close() error                    { return nil }
+func (redigoConn) SetReadDeadline(time.Time) error { return nil }
 
 // do sends a command and returns its reply, while the connection is being made.
 func (c *redisConn) do(name string, args ...any) (any, error) {
@@ -696,9 +698,9 @@ func (c *redisConn) refused(text redis.Error) error {
 	return &refusedError{server: c.server, user: c.user, text: string(text)}
 }
 
-// room waits until more operations may be in flight, and returns how many in one flush: 0 when the connection
-// has ended. So a slow server proves something within proofTimeout, and answers in time what it is sent.
-func (c *redisConn) room() int {
+// waitForRoom waits until more operations may be in flight, and returns how many in one flush: 0 when the
+// connection has ended. The bounds let a slow server prove a flush within proofTimeout, and answer in time.
+func (c *redisConn) waitForRoom() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for c.operations >= maxInFlight && c.err == nil {
@@ -738,11 +740,12 @@ func (c *redisConn) putInFlight(operations []*operation) *flush {
 	if len(c.inFlight) == 0 {
 		c.socket.SetDeadline(time.Now().Add(proofTimeout)) // for writing, too
 	}
-	for _, op := range operations {
-		op.sends--
-	}
 	c.flushes++
 	f := &flush{operations: operations, nonce: c.nonce + strconv.Itoa(c.flushes)}
+	for _, op := range operations {
+		op.sends--
+		f.commands += len(op.commands)
+	}
 	c.inFlight = append(c.inFlight, f)
 	c.operations += len(operations)
 	return f
@@ -761,10 +764,10 @@ func (c *redisConn) receive() {
 	}
 }
 
-// receiveFlush receives the replies to the oldest flush and its proof, and finishes its operations. It reads
-// when nothing is in flight, too, so a server that hangs up is noticed at once.
+// receiveFlush receives the replies to the oldest flush and its proof, and then hands them to the operations.
+// It reads when nothing is in flight, too, so a server that hangs up is noticed at once.
 func (c *redisConn) receiveFlush() error {
-	reply, err := c.receiveReply()
+	first, err := c.receiveReply()
 	if err != nil {
 		return err
 	}
@@ -772,18 +775,22 @@ func (c *redisConn) receiveFlush() error {
 	if f == nil {
 		return errOutOfStep // nobody has asked for the reply
 	}
-	for _, op := range f.operations {
-		for range op.commands {
-			op.replies = append(op.replies, reply)
-			if reply, err = c.receiveReply(); err != nil {
-				return err
-			}
+	replies := append(make([]any, 0, f.commands+1), first)
+	for len(replies) <= f.commands {
+		reply, err := c.receiveReply()
+		if err != nil {
+			return err
 		}
+		replies = append(replies, reply)
 	}
-	if err := c.prove(f, reply); err != nil {
+	if err := c.completeFlush(f, replies[f.commands]); err != nil {
 		return err
 	}
-	finishAll(f.operations, nil)
+	for _, op := range f.operations {
+		op.replies = replies[:len(op.commands)]
+		replies = replies[len(op.commands):]
+		op.finish(nil)
+	}
 	return nil
 }
 
@@ -805,9 +812,9 @@ func (c *redisConn) oldest() *flush {
 	return c.inFlight[0]
 }
 
-// prove takes the oldest flush out of flight if the reply to its ECHO proves it, and gives the next one
-// proofTimeout from now.
-func (c *redisConn) prove(f *flush, proof any) error {
+// completeFlush takes the oldest flush out of flight if the reply to its ECHO proves it, and gives the next
+// one proofTimeout from now.
+func (c *redisConn) completeFlush(f *flush, proof any) error {
 	if text, ok := proof.(redis.Error); ok {
 		return fmt.Errorf("ECHO: %v", c.refused(text)) // %v: not proved, so it refuses no operation
 	}
@@ -830,8 +837,8 @@ func (c *redisConn) prove(f *flush, proof any) error {
 	return nil
 }
 
-// stands tells whether the connection has not ended.
-func (c *redisConn) stands() bool {
+// isOpen tells whether the connection has not ended.
+func (c *redisConn) isOpen() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.err == nil
@@ -892,7 +899,7 @@ func (d *redisDialer) dialPrimary(ctx context.Context) (*redisConn, error) {
 	}
 	var errs []error
 	for _, addr := range addrs {
-		conn, err := d.dialNamed(ctx, addr)
+		conn, err := d.dialIfPrimary(ctx, addr)
 		if err == nil {
 			return conn, nil
 		}
@@ -901,8 +908,8 @@ func (d *redisDialer) dialPrimary(ctx context.Context) (*redisConn, error) {
 	return nil, errors.Join(errs...)
 }
 
-// dialNamed connects to the server that sentinels call the primary, if it is one.
-func (d *redisDialer) dialNamed(ctx context.Context, addr string) (*redisConn, error) {
+// dialIfPrimary connects to the server that sentinels call the primary, if it is one.
+func (d *redisDialer) dialIfPrimary(ctx context.Context, addr string) (*redisConn, error) {
 	conn, err := d.open(ctx, addr, func(conn *redisConn) error {
 		if err := d.logIn(conn); err != nil {
 			return err
@@ -967,11 +974,22 @@ func (d *redisDialer) askSentinels(ctx context.Context) ([]string, error) {
 	for _, sentinel := range d.target.addrs {
 		go func() { answers <- d.askSentinel(ctx, sentinel) }()
 	}
-	var known []sentinelAnswer
-	var errs []error
+	known, errs := collectAnswers(answers, len(d.target.addrs))
+	if len(known) == 0 {
+		return nil, errors.Join(errs...)
+	}
+	slices.SortStableFunc(known, func(a, b sentinelAnswer) int { return cmp.Compare(b.epoch, a.epoch) })
+	var primaries []string
+	for _, answer := range known {
+		primaries = append(primaries, answer.primary)
+	}
+	return slices.Compact(primaries), nil
+}
+
+// collectAnswers returns n answers, or those that have come sentinelPatience after the latest good one.
+func collectAnswers(answers <-chan sentinelAnswer, n int) (known []sentinelAnswer, errs []error) {
 	var enough <-chan time.Time
-collect:
-	for range d.target.addrs {
+	for range n {
 		select {
 		case answer := <-answers:
 			if answer.err != nil {
@@ -981,18 +999,10 @@ collect:
 			known = append(known, answer)
 			enough = time.After(sentinelPatience)
 		case <-enough:
-			break collect
+			return known, errs
 		}
 	}
-	if len(known) == 0 {
-		return nil, errors.Join(errs...)
-	}
-	slices.SortStableFunc(known, func(a, b sentinelAnswer) int { return b.epoch - a.epoch })
-	var primaries []string
-	for _, answer := range known {
-		primaries = append(primaries, answer.primary)
-	}
-	return slices.Compact(primaries), nil
+	return known, errs
 }
 
 // askSentinel asks one sentinel. It is told the password only when it asks for one.
@@ -1193,7 +1203,7 @@ type router struct {
 
 	mu        sync.Mutex
 	entry     *pipeline            // to the first server of REDIS_URL that answers; nil until it is needed
-	avoided   string               // the server that was left last: the entry is dialled there after all others
+	avoided   string               // the server that was left last: the entry is dialled there last
 	nodes     map[string]*pipeline // by host:port
 	slots     [slotCount]*pipeline // the node of each slot that is known
 	isCluster bool                 // a server has redirected
@@ -1264,7 +1274,7 @@ func (r *router) next(key string, from *pipeline, op *operation, err error) (to 
 	return nil, false
 }
 
-// redirect is next after a refusal. Redis redirects before it does anything.
+// redirect is next after a refusal. Redis redirects before it does anything, so the operation is unsent.
 func (r *router) redirect(key string, from *pipeline, refusal *refusedError) (to *pipeline, asking bool) {
 	word, slot, addr := parseRedirection(refusal)
 	switch {
@@ -1272,7 +1282,7 @@ func (r *router) redirect(key string, from *pipeline, refusal *refusedError) (to
 		r.stats.redirections.Add(1)
 		to := r.moved(slot, addr)
 		if to == from { // the address may stand for several machines
-			to.standing().fail(errNoneToAsk)
+			to.connection().fail(errNotServing)
 		}
 		return to, false
 	case word == "ASK":
@@ -1290,7 +1300,7 @@ func (r *router) redirect(key string, from *pipeline, refusal *refusedError) (to
 // ping asks the entry and all nodes, and returns nil when one of them answers.
 func (r *router) ping(ctx context.Context) error {
 	r.mu.Lock()
-	nodes := r.standingNodes()
+	nodes := r.connectedNodes()
 	r.mu.Unlock()
 	answers := make(chan error, 1+len(nodes))
 	go func() {
@@ -1341,7 +1351,7 @@ func (r *router) newEntry() *pipeline {
 	}
 	entry.dial = r.dialer.dialServer
 	entry.addrs = slices.Clone(target.addrs)
-	for _, node := range r.standingNodes() {
+	for _, node := range r.connectedNodes() {
 		if !slices.Contains(entry.addrs, node.name) {
 			entry.addrs = append(entry.addrs, node.name)
 		}
@@ -1362,12 +1372,12 @@ func (r *router) start(p *pipeline) *pipeline {
 	return p
 }
 
-// standingNodes returns the nodes with a connection, in the order of their addresses. The caller holds r.mu.
-func (r *router) standingNodes() []*pipeline {
+// connectedNodes returns the nodes with a connection, in the order of their addresses. The caller holds r.mu.
+func (r *router) connectedNodes() []*pipeline {
 	var standing []*pipeline
 	for _, addr := range slices.Sorted(maps.Keys(r.nodes)) {
-		conn := r.nodes[addr].standing()
-		if conn != nil && conn.stands() {
+		conn := r.nodes[addr].connection()
+		if conn != nil && conn.isOpen() {
 			standing = append(standing, r.nodes[addr])
 		}
 	}
@@ -1405,11 +1415,11 @@ func (r *router) node(addr string) *pipeline {
 func (r *router) unlearn(node *pipeline) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.forgetSlots(node)
+	r.clearSlots(node)
 }
 
-// forgetSlots is unlearn for who holds r.mu.
-func (r *router) forgetSlots(lost *pipeline) {
+// clearSlots is unlearn for who holds r.mu.
+func (r *router) clearSlots(lost *pipeline) {
 	for slot, node := range r.slots[:] {
 		if node == lost {
 			r.slots[slot] = nil
@@ -1423,18 +1433,18 @@ func (r *router) forget(p *pipeline) {
 	defer r.mu.Unlock()
 	if r.entry == p {
 		r.entry = nil
-		if p.conn != nil && (errors.Is(p.conn.err, errTimeout) || errors.Is(p.conn.err, errNoneToAsk)) {
+		if p.conn != nil && (errors.Is(p.conn.err, errTimeout) || errors.Is(p.conn.err, errNotServing)) {
 			r.avoided = p.conn.server
 		}
 	}
 	if r.nodes[p.name] == p {
 		delete(r.nodes, p.name)
 	}
-	r.forgetSlots(p)
+	r.clearSlots(p)
 }
 
 // followPrimary asks the sentinels again and again. When they name another primary, which answers as one, the
-// connection to the old one ends: it may live on behind a partition.
+// connection to the old one ends: behind a partition that may still take writes (split brain).
 func (r *router) followPrimary() {
 	again := time.NewTicker(sentinelInterval)
 	defer again.Stop()
@@ -1447,8 +1457,11 @@ func (r *router) followPrimary() {
 		r.mu.Lock()
 		entry := r.entry
 		r.mu.Unlock()
-		if entry != nil && entry.standing() != nil {
-			r.checkStillPrimary(entry.standing())
+		if entry == nil {
+			continue
+		}
+		if conn := entry.connection(); conn != nil {
+			r.checkStillPrimary(conn)
 		}
 	}
 }
@@ -1460,7 +1473,7 @@ func (r *router) checkStillPrimary(conn *redisConn) {
 	if err != nil || primaries[0] == conn.server {
 		return // as long as the connection stands the sentinels are not needed
 	}
-	other, err := r.dialer.dialNamed(ctx, primaries[0])
+	other, err := r.dialer.dialIfPrimary(ctx, primaries[0])
 	if err == nil {
 		other.fail(errNotNeeded)
 		conn.fail(errReplaced)

@@ -43,12 +43,13 @@ var schema string
 
 // database is the SQLite file. The original program may use the same file at the same time.
 //
-// All connections are opened at the start and never again: one that was opened after another file had taken
-// the path would read that file through the write-ahead log of the first. So no statement is bound to a
-// context. The driver gives up a connection that a context interrupted, and the pool would open another.
+// All connections are opened at the start and never again. SQLite pairs a file and its write-ahead log by
+// their path: a connection opened after the file was replaced would read the new file through the old log. So
+// no statement is bound to a context: the driver gives up a connection that a context interrupted, and the
+// pool would open another.
 type database struct {
 	name    string                // the file and its pragmas, for the driver
-	files   []watchedFile         // the file, the link to it that was configured, if any, its -wal and its -shm
+	files   []watchedFile         // the file, the configured link to it if any, its -wal, its -shm
 	writer  *sql.DB               // one connection, as SQLite allows one writer
 	reader  *sql.DB               // several, which in WAL mode never wait for the writer
 	writing chan struct{}         // holds an element for each write in progress
@@ -116,7 +117,7 @@ func (db *database) openFile(path string) (inWAL bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	defer file.Close() // before SQLite opens the file, whose locks this would release
+	defer file.Close() // before SQLite opens the file: to close it later would release SQLite's locks
 	info, err := file.Stat()
 	if err != nil {
 		return false, err
@@ -147,7 +148,7 @@ func openOrCreate(path string) (*os.File, error) {
 // beside it. That is another file's, which a backup has replaced: SQLite would write the log into the backup.
 func checkLog(file *os.File, path string) (inWAL bool, err error) {
 	log := path + "-wal"
-	_, logErr := os.Stat(log) // before the header is read: a start that switches to WAL writes the header first
+	_, logErr := os.Stat(log) // before the header: a start that switches to WAL writes the header first
 	inWAL, err = readJournalMode(file)
 	if err == nil && !inWAL && logErr == nil {
 		err = fmt.Errorf("the write-ahead log %q belongs to another file: it has to be removed, with %q",
@@ -232,8 +233,8 @@ func whenFree(ctx context.Context, do func() error) error {
 	}
 }
 
-// applySchema applies the schema and tries it out with an account and a session. What does not take them is
-// another program's.
+// applySchema applies the schema and tries it out with an account and a session. A file that does not take
+// them is another program's.
 func applySchema(tx *sql.Tx) error {
 	script, err := schemaFor(tx)
 	if err != nil {
@@ -339,7 +340,7 @@ func explain(path string, err error) error {
 const (
 	anyUser = `SELECT EXISTS (SELECT 1 FROM users)`
 
-	// It inserts nothing where the email is taken: as ?7, which is how it was typed, or as ?3.
+	// It inserts nothing where the email is taken. ?3 is the trimmed email, ?7 the one that was typed.
 	insertUser = `INSERT INTO users (id, name, email, createdAt, updateAt, password)
 		SELECT ?1, ?2, ?3, ?4, ?5, ?6
 		WHERE NOT EXISTS (SELECT 1 FROM users WHERE email COLLATE NOCASE IN (?3, ?7))`
@@ -593,8 +594,8 @@ func (db *database) inTurn(ctx context.Context, turns chan struct{}, do func() e
 		return fmt.Errorf("%w: other requests are in the way", errRefused)
 	}
 	defer func() { <-turns }()
-	if db.gone.Load() != nil {
-		return nil // translate returns the error
+	if gone := db.gone.Load(); gone != nil {
+		return *gone
 	}
 	return do()
 }
@@ -612,7 +613,7 @@ func takeTurn(ctx context.Context, turns chan<- struct{}) bool {
 	select {
 	case turns <- struct{}{}:
 		return true
-	default:
+	default: // only now is a timer needed
 	}
 	select {
 	case turns <- struct{}{}:
@@ -622,8 +623,8 @@ func takeTurn(ctx context.Context, turns chan<- struct{}) bool {
 	}
 }
 
-// transact commits a change if the files are still ours. If they are not right after that, nobody may find
-// the change again.
+// transact commits a change. It compares the files before and after: a commit into a file that was replaced
+// is lost.
 func (db *database) transact(change func(*sql.Tx) error) error {
 	tx, err := db.writer.Begin()
 	if err != nil {
@@ -654,6 +655,9 @@ func (db *database) translate(doing string, err error) error {
 	}
 	switch sqliteCode(err) & 0xff { // https://www.sqlite.org/rescode.html
 	case sqlite3.SQLITE_OK: // no error of SQLite
+		if db.isClosed() {
+			err = fmt.Errorf("%w: it is closed: %w", errUnavailable, err)
+		}
 	case sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE:
 	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY,
 		sqlite3.SQLITE_PERM:
@@ -664,6 +668,15 @@ func (db *database) translate(doing string, err error) error {
 		err = fmt.Errorf("%w: %w", errUnavailable, err)
 	}
 	return fmt.Errorf("%s: %w", doing, err)
+}
+
+func (db *database) isClosed() bool {
+	select {
+	case <-db.closed:
+		return true
+	default:
+		return false
+	}
 }
 
 // sqliteCode returns the extended result code of an error of SQLite, and SQLITE_OK of any other.
