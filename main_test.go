@@ -846,12 +846,23 @@ func (s *service) register(email string, header ...string) (User, string) {
 // signIn signs in over HTTP and returns the session id.
 func (s *service) signIn(email string, header ...string) string {
 	s.Helper()
-	a := s.ask("POST /user/signin", credentials(email, password), header...)
+	a := s.ask(signInRoute, credentials(email, password), header...)
 	if a.status != http.StatusOK || a.cookie == nil {
 		s.Fatalf("POST /user/signin: status %d, want 200 and a cookie: %s", a.status, a.body)
 	}
 	s.secret(a.cookie.Value)
 	return a.cookie.Value
+}
+
+// wantCause waits for a log line with that message whose err names the cause.
+func (s *service) wantCause(msg, cause string) {
+	s.Helper()
+	eventually(s, 15*time.Second, fmt.Sprintf("a line %q names the cause %q", msg, cause), func() bool {
+		return slices.ContainsFunc(s.log.lines(msg), func(line map[string]any) bool {
+			err, _ := line["err"].(string)
+			return strings.Contains(err, cause)
+		})
+	})
 }
 
 // want asks for the session's user and checks the status.
@@ -3893,12 +3904,7 @@ func (f redisFault) wantCause(s *service) {
 	if f.cause != "" && f.want != allAway {
 		message = "store refuses"
 	}
-	s.log.find(s, message)
-	if !slices.ContainsFunc(s.log.lines(message), func(line map[string]any) bool {
-		return strings.Contains(line["err"].(string), f.cause)
-	}) {
-		s.Errorf("no line %q names the cause %q:\n%s", message, f.cause, s.log)
-	}
+	s.wantCause(message, f.cause)
 }
 
 // wantOutageInTime has many look a session up at once, none of whom may wait for long.
@@ -3952,11 +3958,7 @@ func TestStartWithoutAWillingRedis(t *testing.T) {
 			s := start(t, "REDIS_URL=redis://"+tt.login+r.addr())
 			s.expectErrors()
 			s.secret("wr0ng", sessionKey("")) // Redis quotes what it does not know
-			line := s.log.find(t, tt.message)
-			cause, _ := line["err"].(string)
-			if !strings.Contains(cause, tt.cause) || line["level"] != "ERROR" {
-				t.Errorf("line %v, want the cause %q", line, tt.cause)
-			}
+			s.wantCause(tt.message, tt.cause)
 			email := newEmail()
 			s.addAccount(email, bcrypt.MinCost)
 			body := credentials(email, password)
@@ -4469,10 +4471,7 @@ func (c *redisCluster) testWaysIn(t *testing.T) {
 	s := start(t, "REDIS_URL=redis://"+addr+"/3")
 	s.expectErrors()
 	s.want(503, newUUID())
-	line := s.log.find(t, "store out of reach")
-	if cause, _ := line["err"].(string); !strings.Contains(cause, "SELECT is not allowed in cluster mode") {
-		t.Errorf("a database other than 0: line %v, want the cause", line)
-	}
+	s.wantCause("store out of reach", "SELECT is not allowed in cluster mode")
 }
 
 // createIn makes a session whose slot is one of a range.
@@ -5839,9 +5838,7 @@ func (f fileFault) test(t *testing.T, backend string, statuses []int) {
 		}
 	}
 	if slices.Contains(statuses, 503) {
-		if cause, _ := s.log.find(t, f.log)["err"].(string); !strings.Contains(cause, f.cause) {
-			t.Errorf("%s: %s, want %s", f.log, cause, f.cause)
-		}
+		s.wantCause(f.log, f.cause)
 	}
 	mend()
 	if f.stopped {
