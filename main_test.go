@@ -710,7 +710,8 @@ func (s *service) wantStatus(status int, route, body string, header ...string) *
 		return &reply{}
 	}
 	if a.status != status {
-		s.Errorf("%.120s: status %d, want %d: %s", strings.TrimSpace(route+" "+body), a.status, status, a.body)
+		what := strings.TrimSpace(route + " " + body)
+		s.Errorf("%.120s: status %d, want %d: %s", what, a.status, status, a.body)
 	}
 	return a
 }
