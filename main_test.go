@@ -5195,7 +5195,7 @@ func TestShutdownFinishesTheUpgradeOfAHash(t *testing.T) {
 	}
 	s.signIn(user.Email) // which writes to Redis alone
 	unlocked := make(chan error, 1)
-	time.AfterFunc(time.Second, func() { // long after the service could have ended
+	time.AfterFunc(time.Second/2, func() { // after the service could have ended, before SQLite gives up
 		_, err := db.Exec(`ROLLBACK`)
 		unlocked <- err
 	})
