@@ -4074,7 +4074,12 @@ func TestAPrimaryThatSentinelsHaveReplacedIsLeft(t *testing.T) {
 		}
 		s2.fail("new")
 		s3.fail("new")
-		for range 2 { // and not back again
+		for i := range 2 { // and not back again, not even where the old one's sentinel alone answers
+			if i == 1 {
+				for _, v := range []*virtualSentinel{s2, s3} {
+					v.locked(func() { v.answer = func([]string) string { return "" } })
+				}
+			}
 			time.Sleep(10 * time.Second)
 			for _, call := range storeCalls {
 				if err := call(s, newUUID()); err != nil {

@@ -59,7 +59,7 @@ type SessionStore interface {
 var (
 	errNoSession   = errors.New("no such session")
 	errUnavailable = errors.New("store unavailable")
-	// errRefused is an errUnavailable: the store was reached, and said no.
+	// errRefused is an errUnavailable of a store that is there, but did not do what it was asked for.
 	errRefused = fmt.Errorf("%w: refused", errUnavailable)
 )
 

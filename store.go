@@ -596,7 +596,7 @@ func (db *database) withWriter(ctx context.Context, doing string, change func(*s
 // inTurn calls do once there is room among the turns.
 func (db *database) inTurn(ctx context.Context, turns chan struct{}, do func() error) error {
 	if !takeTurn(ctx, turns) {
-		return fmt.Errorf("%w: other requests are in the way", errUnavailable)
+		return fmt.Errorf("%w: other requests are in the way", errRefused)
 	}
 	defer func() { <-turns }()
 	if gone := db.gone.Load(); gone != nil {
