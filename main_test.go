@@ -6818,8 +6818,9 @@ func startTuned(b *testing.B, vars ...string) *service {
 		runtime.GOMAXPROCS(threads)
 		debug.SetGCPercent(percent)
 	})
+	s := start(b, vars...) // first, as it counts the cores for bcrypt
 	tuneRuntime(func(string) string { return "" })
-	return start(b, vars...)
+	return s
 }
 
 // lookups asks a server whose session id is, each worker on a connection of its own.
