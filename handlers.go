@@ -272,7 +272,7 @@ func (s *server) register(w http.ResponseWriter, r *http.Request) (int, any, err
 	if err != nil {
 		return 0, nil, err
 	}
-	s.gate.remember(user.Email, client)
+	s.gate.remember(accountOf(user), client)
 	if old := sessionID(r); old != "" {
 		s.deleteSession(ctx, old) // if that fails, the log says so; the account is made
 	}
@@ -377,7 +377,11 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 	if !found && !errors.Is(err, errUserNotFound) {
 		return User{}, "", err
 	}
-	try := s.gate.newSignIn(email, c)
+	account := accountOf(user)
+	if !found {
+		account = "email " + lowerASCII(strings.TrimSpace(email))
+	}
+	try := s.gate.newSignIn(account, c)
 	if err := try.acquire(ctx); err != nil {
 		return User{}, "", err
 	}
@@ -395,8 +399,22 @@ func (s *server) authenticate(ctx context.Context, email, password string, c cli
 		s.log.Info("sign-in refused", "user", user.ID, "client", c.addr)
 		return User{}, "", errWrongPassword
 	}
-	s.gate.remember(email, c)
+	s.gate.remember(account, c)
 	return user, passwordHash, nil
+}
+
+// accountOf names a user's account to the gate. authenticate names emails that no account has otherwise, or
+// somebody could use up an account's failures by signing in with its id.
+func accountOf(user User) string { return "id " + user.ID }
+
+// lowerASCII folds the letters whose case is disregarded when an account is looked up, and no others.
+func lowerASCII(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= 'A' && r <= 'Z' {
+			return r - 'A' + 'a'
+		}
+		return r
+	}, text)
 }
 
 // isUsable tells whether hash is one of bcrypt, of a cost that others can wait for. A cost of 31 takes days.
@@ -968,7 +986,7 @@ type gate struct {
 	queue   []*try
 	counts  map[countKey]time.Time
 	sweepAt int               // how many counts there are when expired ones are deleted next
-	known   map[countKey]bool // pairs of an email and a network from which it has signed in
+	known   map[countKey]bool // pairs of an account and a network from which it has signed in
 }
 
 // try is one try to sign in, to register or to store a hash anew.
@@ -990,17 +1008,8 @@ type limit struct {
 // countKey is a hash of what is counted, as a client may send a long email.
 type countKey [16]byte
 
-// newCountKey returns a key for an email, a network, or a pair of both. The email may be nobody's: whether it
-// has an account shows in no count. It is the same in any case of its ASCII letters, as accounts are found
-// so.
-func newCountKey(kind, email string, network netip.Prefix) countKey {
-	lower := strings.Map(func(r rune) rune {
-		if r >= 'A' && r <= 'Z' {
-			return r - 'A' + 'a'
-		}
-		return r
-	}, strings.TrimSpace(email))
-	sum := sha256.Sum256([]byte(kind + " " + network.String() + " " + lower))
+func newCountKey(kind, account string, network netip.Prefix) countKey {
+	sum := sha256.Sum256([]byte(kind + " " + network.String() + " " + account))
 	return countKey(sum[:16])
 }
 
@@ -1020,16 +1029,16 @@ func (g *gate) newRegistration(c client) *try {
 	return t
 }
 
-// newSignIn returns a try to sign in with an email.
-func (g *gate) newSignIn(email string, c client) *try {
+// newSignIn returns a try to sign in to an account.
+func (g *gate) newSignIn(account string, c client) *try {
 	t := g.newTry(c.network())
 	t.limitNetwork(c)
-	pair := newCountKey("pair", email, t.network)
+	pair := newCountKey("pair", account, t.network)
 	t.limits = append(t.limits, limit{burst: 10, interval: time.Minute, key: pair})
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if !g.known[pair] {
-		key := newCountKey("email", email, netip.Prefix{})
+		key := newCountKey("account", account, netip.Prefix{})
 		t.limits = append(t.limits, limit{burst: 100, interval: time.Minute / 10, key: key})
 	}
 	return t
@@ -1170,10 +1179,10 @@ func (t *try) count() {
 	}
 }
 
-// remember notes that somebody has signed in or registered with an email from c's network. Failures with it
-// from there are forgiven, and other networks' failures do not keep its owner out.
-func (g *gate) remember(email string, c client) {
-	pair := newCountKey("pair", email, c.network())
+// remember notes that an account has signed in or registered from c's network. Its failures from there are
+// forgiven, and other networks' failures do not keep it out.
+func (g *gate) remember(account string, c client) {
+	pair := newCountKey("pair", account, c.network())
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	delete(g.counts, pair)

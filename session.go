@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -634,7 +635,6 @@ func (p *pipeline) dropLate(operations []*operation, standsSince time.Time) []*o
 type redisConn struct {
 	server string // host:port
 	user   string // that is logged in, "" for the default one
-	epoch  int    // of the sentinels' configuration that named it as the primary
 	socket net.Conn
 	redis  redis.Conn    // encodes commands into the socket, and reads replies from it
 	since  time.Time     // in use
@@ -892,15 +892,14 @@ func (d *redisDialer) dialNode(ctx context.Context, addr string) (*redisConn, er
 
 // dialPrimary connects to the primary that the sentinels name. While they do not agree, several are tried.
 func (d *redisDialer) dialPrimary(ctx context.Context) (*redisConn, error) {
-	answers, err := d.askSentinels(ctx)
+	candidates, err := d.askSentinels(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var errs []error
-	for _, answer := range answers {
-		conn, err := d.dialIfPrimary(ctx, answer.primary)
+	for _, candidate := range candidates {
+		conn, err := d.dialIfPrimary(ctx, candidate.addr)
 		if err == nil {
-			conn.epoch = answer.epoch
 			return conn, nil
 		}
 		errs = append(errs, err)
@@ -958,35 +957,43 @@ func echo(conn *redisConn) error {
 	return err
 }
 
-// sentinelAnswer is what a sentinel knows of the primary.
+// candidate is a server that sentinels call the primary.
+type candidate struct {
+	addr  string
+	votes int // of sentinels
+}
+
+// sentinelAnswer is what a sentinel says.
 type sentinelAnswer struct {
 	primary string // host:port
-	epoch   int    // of its configuration: a failover makes a higher one
 	err     error
 }
 
-// askSentinels returns what the sentinels of the newest configuration know: one that a partition cuts off
-// from the others names an old primary. An error means that no sentinel has answered before ctx ended.
-func (d *redisDialer) askSentinels(ctx context.Context) ([]sentinelAnswer, error) {
+// askSentinels returns the servers that the sentinels call the primary, the one with the most votes first: a
+// sentinel that a partition cuts off from the others names an old one. An error means that no sentinel has
+// answered before ctx ended.
+func (d *redisDialer) askSentinels(ctx context.Context) ([]candidate, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // ends the wait for those that are late
 	answers := make(chan sentinelAnswer, len(d.target.addrs))
 	for _, sentinel := range d.target.addrs {
 		go func() { answers <- d.askSentinel(ctx, sentinel) }()
 	}
-	known, errs := collectAnswers(answers, len(d.target.addrs))
-	if len(known) == 0 {
+	votes, errs := collectVotes(answers, len(d.target.addrs))
+	if len(votes) == 0 {
 		return nil, errors.Join(errs...)
 	}
-	newest := 0
-	for _, answer := range known {
-		newest = max(newest, answer.epoch)
+	var candidates []candidate
+	for addr, n := range votes {
+		candidates = append(candidates, candidate{addr, n})
 	}
-	return slices.DeleteFunc(known, func(a sentinelAnswer) bool { return a.epoch < newest }), nil
+	slices.SortFunc(candidates, func(a, b candidate) int { return cmp.Compare(b.votes, a.votes) })
+	return candidates, nil
 }
 
-// collectAnswers returns n answers, or those that have come sentinelPatience after the latest good one.
-func collectAnswers(answers <-chan sentinelAnswer, n int) (known []sentinelAnswer, errs []error) {
+// collectVotes counts n answers, or those that have come sentinelPatience after the latest good one.
+func collectVotes(answers <-chan sentinelAnswer, n int) (votes map[string]int, errs []error) {
+	votes = map[string]int{}
 	var enough <-chan time.Time
 	for range n {
 		select {
@@ -995,13 +1002,13 @@ func collectAnswers(answers <-chan sentinelAnswer, n int) (known []sentinelAnswe
 				errs = append(errs, answer.err)
 				continue
 			}
-			known = append(known, answer)
+			votes[answer.primary]++
 			enough = time.After(sentinelPatience)
 		case <-enough:
-			return known, errs
+			return votes, errs
 		}
 	}
-	return known, errs
+	return votes, errs
 }
 
 // askSentinel asks one sentinel. It is told the password only when it asks for one.
@@ -1017,16 +1024,13 @@ func (d *redisDialer) askSentinel(ctx context.Context, sentinel string) (answer 
 		if errors.Is(err, redis.ErrNil) {
 			return fmt.Errorf("knows no primary %q", d.target.primary)
 		}
-		if err != nil {
-			return err
-		}
-		if len(addr) != 2 {
+		if err == nil && len(addr) != 2 {
 			return errReplyKind
 		}
-		answer.primary = net.JoinHostPort(addr[0], addr[1])
-		details, _ := redis.StringMap(conn.do("SENTINEL", "MASTER", d.target.primary))
-		answer.epoch, _ = strconv.Atoi(details["config-epoch"]) // 0 from one that does not tell
-		return nil
+		if err == nil {
+			answer.primary = net.JoinHostPort(addr[0], addr[1])
+		}
+		return err
 	})
 	if err != nil {
 		return sentinelAnswer{err: fmt.Errorf("sentinel %w", err)}
@@ -1467,18 +1471,19 @@ func (r *router) followPrimary() {
 	}
 }
 
+// checkStillPrimary takes a majority of all sentinels for their word. A failover needs one, too.
 func (r *router) checkStillPrimary(conn *redisConn) {
 	ctx, cancel := context.WithTimeout(r.closing, sentinelInterval)
 	defer cancel()
-	answers, err := r.dialer.askSentinels(ctx)
+	candidates, err := r.dialer.askSentinels(ctx)
 	if err != nil {
 		return // as long as the connection stands the sentinels are not needed
 	}
-	newest := answers[0]
-	if newest.epoch <= conn.epoch || newest.primary == conn.server {
+	named := candidates[0]
+	if named.addr == conn.server || named.votes <= len(r.dialer.target.addrs)/2 {
 		return
 	}
-	other, err := r.dialer.dialIfPrimary(ctx, newest.primary)
+	other, err := r.dialer.dialIfPrimary(ctx, named.addr)
 	if err == nil {
 		other.fail(errNotNeeded)
 		conn.fail(errReplaced)

@@ -425,12 +425,13 @@ func (db *database) watch() {
 func (db *database) compareFiles() error {
 	for _, file := range db.files {
 		err := file.compare()
-		if errors.Is(err, errOtherFile) || errors.Is(err, fs.ErrNotExist) {
+		if errors.Is(err, fs.ErrPermission) { // it may pass
+			return fmt.Errorf("%w: %w", errUnavailable, err)
+		}
+		if err != nil {
 			gone := fmt.Errorf("%w: the file %q was deleted or replaced: restart the service: %w",
 				errUnavailable, file.path, err)
 			db.gone.CompareAndSwap(nil, &gone)
-		} else if err != nil { // it may pass
-			return fmt.Errorf("%w: %w", errUnavailable, err)
 		}
 	}
 	if gone := db.gone.Load(); gone != nil {
