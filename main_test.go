@@ -5868,6 +5868,33 @@ func (f fileFault) testRestart(s *service, backend string, exists map[string]boo
 	next.holds(&accounts)
 }
 
+// Whatever stands where the folder was, the file is gone for good: the log has to say so.
+func TestAFileWhoseFolderIsReplacedIsGone(t *testing.T) {
+	t.Parallel()
+	folder := filepath.Join(t.TempDir(), "accounts")
+	if err := os.Mkdir(folder, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	db, err := openDatabase(t.Context(), filepath.Join(folder, "users.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close() })
+	if err := db.Ping(t.Context()); err != nil {
+		t.Errorf("Ping: %v", err)
+	}
+	if err := os.Rename(folder, folder+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(folder, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	err = db.Ping(t.Context())
+	if !errors.Is(err, errUnavailable) || !strings.Contains(err.Error(), "restart the service") {
+		t.Errorf("Ping: %v, want errUnavailable that says to restart", err)
+	}
+}
+
 func TestLookupsGoOnOrAre503WhileTheFileIsReplaced(t *testing.T) {
 	t.Parallel()
 	s := startProcess(t)
